@@ -1,0 +1,41 @@
+# Both commands start from nothing: they make their own virtual environment and install the tested versions.
+PYTHON ?= python3.11
+THREADS ?= $(shell nproc)
+export OMP_NUM_THREADS := $(THREADS)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check benchmark clean
+
+# torch first and from the constraints, so that nothing else can pull a build for CUDA
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(1)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(2)]'
+	touch $(1)/installed
+endef
+
+.venv/installed: pyproject.toml constraints.txt
+	$(call install,.venv,demo)
+
+.venv-test/installed: pyproject.toml constraints.txt
+	$(call install,.venv-test,test)
+
+# Real SFT of the embedded base on a curated set of handwriting, then a report of held-out prompts before and after.
+demo: .venv/installed
+	rm -rf runs/demo
+	.venv/bin/prx-post tiny data --output_dir runs/demo/data
+	.venv/bin/prx-post sft --config configs/tiny/sft.yaml
+	.venv/bin/prx-post eval --config configs/tiny/eval.yaml
+	@echo "open runs/demo/eval/report.html"
+
+test: .venv-test/installed
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
+	.venv-test/bin/python -m pytest
+
+benchmark: .venv-test/installed
+	.venv-test/bin/python benchmarks/sft_throughput.py
+
+clean:
+	rm -rf .venv .venv-test runs

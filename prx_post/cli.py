@@ -1,0 +1,54 @@
+"""The command line: `prx-post <command> --config FILE [--key value ...]`. Heavy imports happen in the command."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from prx_post import __version__
+from prx_post.config import PrxPostError
+
+COMMANDS = {
+    "sft": ("prx_post.stages.sft", "supervised fine-tuning: full or LoRA, flow matching"),
+    "generate": ("prx_post.generate", "pictures from a checkpoint"),
+    "eval": ("prx_post.evaluation.evaluate", "score checkpoints on the same prompts and seeds; JSON and HTML report"),
+    "tiny": ("prx_post.tiny.commands", "the embedded world: `tiny data` writes its data sets, `tiny build` remakes it"),
+}
+
+USAGE = """\
+usage: prx-post <command> [--config FILE] [--key value ...]
+
+Post-training and alignment for PRX text-to-image checkpoints.
+
+commands:
+{commands}
+
+`prx-post <command> --help` lists a command's settings. Every setting may stand in the YAML file or on the command line.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())))
+        return 0
+    if args[0] == "--version":
+        print(f"prx-post {__version__}")
+        return 0
+    command, *rest = args
+    if command not in COMMANDS:
+        print(f"error: {command!r} is not a command. Choose from {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(COMMANDS[command][0]).run(rest)
+    except PrxPostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def entry_point() -> None:
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,298 @@
+"""Configuration shared by the stages, and how it is read and checked.
+
+Names are those of TRL and of transformers' TrainingArguments wherever one exists. A command reads `--config FILE`
+(YAML) and overrides from the command line with `trl.TrlParser`; values are checked here, before any model loads.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+
+class PrxPostError(Exception):
+    """An error in what the user gave. Shown as one line, without a traceback."""
+
+
+class ConfigError(PrxPostError):
+    """A setting that cannot be used."""
+
+
+def doc(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+    """A dataclass field with its documentation, shown by `--help`."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+def require(ok: bool, name: str, value: Any, rule: str, reason: str, action: str) -> None:
+    """Raise ConfigError `{name} is {value}, but must be {rule} because {reason}. {action}.` unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}, but must be {rule} because {reason}. {action}.")
+
+
+def require_one_of(name: str, value: str, choices: Collection[str]) -> None:
+    close = difflib.get_close_matches(str(value), list(choices), n=1)
+    hint = f"Did you mean {close[0]!r}" if close else "Choose one of these"
+    listed = ", ".join(choices)
+    require(value in choices, name, value, f"one of {listed}", "nothing else is implemented", hint)
+
+
+def require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, name, value, "above 0", "it counts or scales something", f"Set {name} to a positive number")
+
+
+def require_not_negative(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(
+            value >= 0, name, value, "0 or more", "a negative value has no meaning", f"Set {name} to 0 to switch it off"
+        )
+
+
+def require_fraction(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value <= 1, name, value, "between 0 and 1", "it is a share", f"Set {name} to a share such as 0.1")
+
+
+def check_types(config: Any) -> None:
+    """Check every field's value against its annotation (YAML values reach a dataclass unchecked).
+
+    Integers are accepted, and converted, where a float is expected. Raises ConfigError naming the first wrong field.
+    """
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, int) and not isinstance(value, bool) and float in _alternatives(hints[f.name]):
+            setattr(config, f.name, float(value))
+        elif not any(_is_a(value, kind) for kind in _alternatives(hints[f.name])):
+            expected = _describe(hints[f.name])
+            require(
+                False,
+                f.name,
+                value,
+                expected,
+                f"it was given as {type(value).__name__}",
+                f"Write {f.name} as {expected}",
+            )
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is list:
+        (item,) = typing.get_args(kind)
+        return isinstance(value, list) and all(_is_a(v, item) for v in value)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, kind)
+
+
+def _describe(hint: Any) -> str:
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    described = []
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is list:
+            described.append(f"a list, each {_describe(typing.get_args(kind)[0])}")
+        else:
+            described.append(names[kind])
+    return " or ".join(described)
+
+
+@dataclass
+class ModelConfig:
+    """Which PRX checkpoint to start from, and which of its weights to train."""
+
+    model_name_or_path: str | None = doc("Folder or Hub id of a PRX pipeline; `tiny` is the embedded base.", None)
+    model_revision: str | None = doc("Hub revision (branch, tag or commit) of the checkpoint.", None)
+    use_peft: bool = doc("Train a LoRA adapter instead of every weight.", False)
+    lora_r: int = doc("LoRA rank.", 16)
+    lora_alpha: int = doc("LoRA alpha; the adapter's output is scaled by lora_alpha / lora_r.", 32)
+    lora_dropout: float = doc("Dropout on the adapter's input.", 0.0)
+    lora_target_modules: list[str] | None = doc(
+        "Linear layers that get an adapter; null: every attention and MLP projection of the blocks.", None
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            bool(self.model_name_or_path),
+            "model_name_or_path",
+            self.model_name_or_path,
+            "a folder or a Hub id",
+            "training starts from a checkpoint",
+            "Set model_name_or_path, for example to Photoroom/prx-512-t2i",
+        )
+        require_positive(self, "lora_r", "lora_alpha")
+        require_fraction(self, "lora_dropout")
+
+
+@dataclass
+class DataConfig:
+    """Pictures with captions, and how they become latents and embeddings."""
+
+    dataset_name: str | None = doc("An image folder, a parquet file or a folder of them, or a Hub id.", None)
+    dataset_split: str = doc("Split to read.", "train")
+    image_column: str = doc("Column with the pictures.", "image")
+    prompt_column: str = doc("Column with the captions.", "prompt")
+    height: int | None = doc("Train at this height, pixels; null: aspect buckets of the checkpoint's size.", None)
+    width: int | None = doc("Train at this width, pixels; set both or neither.", None)
+    skip_text_cleaning: bool = doc(
+        "Only light prompt cleaning, as the pipeline's flag of this name; use the same value at inference.", False
+    )
+    cache: str = doc("`disk`: encode once, reuse across runs and stages; `none`: encode on the fly.", "disk")
+    cache_dir: str = doc("Folder of the latent and embedding cache.", "~/.cache/prx-post")
+    max_bad_fraction: float = doc("Stop when more than this share of the rows cannot be used.", 0.01)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            bool(self.dataset_name),
+            "dataset_name",
+            self.dataset_name,
+            "a folder, a parquet file or a Hub id",
+            "there is nothing to train on",
+            "Set dataset_name",
+        )
+        require_one_of("cache", self.cache, ("disk", "none"))
+        require_fraction(self, "max_bad_fraction")
+        require(
+            (self.height is None) == (self.width is None),
+            "height",
+            self.height,
+            "set together with width",
+            f"width is {self.width!r}",
+            "Set both for one fixed size, or neither for aspect buckets",
+        )
+        if self.height is not None:
+            require_positive(self, "height", "width")
+
+
+@dataclass
+class TrainConfig:
+    """The optimisation loop. Every stage's own configuration extends this one."""
+
+    output_dir: str | None = doc("Folder of the run; must be new or empty.", None)
+    max_steps: int = doc("Optimizer steps.", 1000)
+    per_device_train_batch_size: int = doc("Samples a device and micro-batch.", 8)
+    gradient_accumulation_steps: int = doc("Micro-batches an optimizer step.", 1)
+    learning_rate: float = doc("Peak learning rate.", 1e-5)
+    optim: str = doc("`adamw`, or `muon` for the blocks' 2-D weights with AdamW for the rest.", "adamw")
+    adam_beta1: float = doc("AdamW's first moment decay.", 0.9)
+    adam_beta2: float = doc("AdamW's second moment decay.", 0.999)
+    adam_epsilon: float = doc("AdamW's denominator offset.", 1e-8)
+    weight_decay: float = doc("Decoupled weight decay.", 0.0)
+    lr_scheduler_type: str = doc("A schedule of transformers' `get_scheduler`.", "constant_with_warmup")
+    warmup_steps: int = doc("Optimizer steps of linear warm-up.", 0)
+    max_grad_norm: float = doc("Clip the gradient's global norm; 0 switches clipping off.", 1.0)
+    ema_decay: float = doc("Decay of the weights' moving average, which is what is emitted; 0 switches it off.", 0.999)
+    ema_update_steps: int = doc("Optimizer steps between two updates of the average.", 1)
+    bf16: bool = doc("bfloat16 autocast; the weights and optimizer state stay fp32.", False)
+    gradient_checkpointing: bool = doc("Recompute activations in the backward pass to save memory.", False)
+    torch_compile: bool = doc("Compile each transformer block.", False)
+    seed: int = doc("Seed of data order, noise, timesteps and caption dropout.", 0)
+    logging_steps: int = doc("Optimizer steps between two lines of metrics.", 10)
+    report_to: list[str] = doc(
+        "Trackers by accelerate's names (tensorboard, wandb, trackio); [] for none.", ["tensorboard"]
+    )
+    run_name: str | None = doc("Name of the run in the trackers; null: the output folder's name.", None)
+    sample_steps: int = doc("Optimizer steps between two sample grids; 0 for none at all.", 250)
+    sample_prompts: list[str] = doc("Prompts of the sample grid.", [])
+    sample_seeds: list[int] = doc("Noise seeds of the sample grid, one column each.", [0, 1, 2, 3])
+    num_inference_steps: int = doc("Sampler steps for sample grids, and what the model card recommends.", 28)
+    guidance_scale: float = doc("Guidance for sample grids, and what the model card recommends.", 5.0)
+    emit_dtype: str = doc("Storage type of the emitted transformer: `float32` or `bfloat16`.", "float32")
+    num_threads: int = doc("CPU threads torch may use; 0 leaves torch's own choice.", 0)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            bool(self.output_dir),
+            "output_dir",
+            self.output_dir,
+            "a folder",
+            "the run is written there",
+            "Set output_dir",
+        )
+        require_positive(
+            self,
+            *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
+            *("adam_epsilon", "ema_update_steps", "logging_steps", "num_inference_steps"),
+        )
+        require_not_negative(self, "weight_decay", "warmup_steps", "max_grad_norm", "sample_steps", "num_threads")
+        require_fraction(self, "ema_decay", "adam_beta1", "adam_beta2")
+        require_one_of("optim", self.optim, ("adamw", "muon"))
+        require_one_of("emit_dtype", self.emit_dtype, ("float32", "bfloat16"))
+        require(
+            self.guidance_scale >= 1,
+            "guidance_scale",
+            self.guidance_scale,
+            "1 or more",
+            "the pipeline refuses less, and 1 means no guidance",
+            "Set guidance_scale to 1 to sample without guidance",
+        )
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def parse(dataclass_types: Sequence[type], args: Sequence[str], prog: str) -> tuple[Any, ...]:
+    """Read `--config FILE` and overrides into one instance of each dataclass.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, a key is unknown (with the nearest known one), or a value is
+            of the wrong type or out of range.
+    """
+    known = [f.name for kind in dataclass_types for f in dataclasses.fields(kind)]
+    _check_config_file(args, known)
+    _check_flags(args, known)
+    from trl import TrlParser
+
+    parser = TrlParser(dataclass_types=list(dataclass_types), prog=prog, allow_abbrev=False)
+    return parser.parse_args_and_config(args=list(args))
+
+
+def _check_config_file(args: Sequence[str], known: Sequence[str]) -> None:
+    import yaml
+
+    if "--config" not in args:
+        return
+    position = list(args).index("--config") + 1
+    if position == len(args):
+        raise ConfigError("--config is without a file. Give it the path of a YAML file.")
+    path = Path(args[position])
+    if not path.is_file():
+        raise ConfigError(f"--config is {str(path)!r}, but there is no such file. Check the path.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config is {str(path)!r}, which is not valid YAML: {reason}. Correct the file.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config is {str(path)!r}, but must hold `key: value` lines. Correct the file.")
+    for key in values:
+        _check_known(str(key), known, f"in {path}")
+
+
+def _check_flags(args: Sequence[str], known: Sequence[str]) -> None:
+    for arg in args:
+        if arg.startswith("--") and arg not in ("--config", "--help"):
+            _check_known(arg[2:].split("=")[0], [*known, *(f"no_{name}" for name in known)], "on the command line")
+
+
+def _check_known(key: str, known: Sequence[str], where: str) -> None:
+    if key in known or key == "env":
+        return
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"Did you mean {close[0]}?" if close else "See --help for the settings there are."
+    raise ConfigError(f"{key} {where} is not a setting of this command. {hint}")

@@ -1,0 +1,1 @@
+"""Pictures with captions, their latents and embeddings, and batches of them."""

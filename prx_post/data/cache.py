@@ -1,0 +1,112 @@
+"""An on-disk cache of tensors, keyed by content and shared by runs and stages.
+
+    cache_dir/latents/<fingerprint of the VAE>/<uuid>.safetensors
+    cache_dir/embeddings/<fingerprint of tokenizer and text encoder>/<uuid>.safetensors
+
+Each shard is a safetensors file whose tensor names are the keys, so the files are their own index. A shard is written
+beside its place and renamed, so it is complete or absent; several processes may write at once.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prx_post.config import PrxPostError
+
+SHARD_BYTES = 256 * 2**20
+
+
+class TensorCache:
+    """Tensors by key in one folder; reading is memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._shard_of: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for shard in sorted(folder.glob("*.safetensors")):
+            self._index(shard)
+
+    def _index(self, shard: Path) -> None:
+        with safe_open(shard, framework="pt") as file:
+            self._shard_of.update(dict.fromkeys(file.keys(), shard))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shard_of
+
+    def __getitem__(self, key: str) -> Tensor:
+        shard = self._shard_of[key]
+        if shard not in self._open:
+            self._open[shard] = safe_open(shard, framework="pt")
+        return self._open[shard].get_tensor(key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # a worker process opens its own files
+
+    def write(self, items: Iterable[tuple[str, Tensor]]) -> None:
+        """Add tensors as they come, a shard for every 256 MiB. What a broken-off call wrote before stays usable."""
+        pending: dict[str, Tensor] = {}
+        size = 0
+        for key, tensor in items:
+            pending[key] = tensor.detach().cpu().contiguous()
+            size += tensor.nbytes
+            if size >= SHARD_BYTES:
+                self._write_shard(pending)
+                pending, size = {}, 0
+        if pending:
+            self._write_shard(pending)
+
+    def _write_shard(self, tensors: dict[str, Tensor]) -> None:
+        name = uuid.uuid4().hex
+        partial = self.folder / f".{name}.partial"
+        save_file(tensors, partial)
+        shard = partial.rename(self.folder / f"{name}.safetensors")
+        self._index(shard)
+
+
+def check_free_space(folder: Path, bytes_needed: int) -> None:
+    """Raise PrxPostError if `folder`'s disk has not `bytes_needed` left."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if bytes_needed > free:
+        raise PrxPostError(
+            f"cache_dir is {str(folder)!r}, which has {free / 2**30:.1f} GiB free, but must have "
+            f"{bytes_needed / 2**30:.1f} GiB because latents and embeddings are stored there. "
+            f"Choose another cache_dir, or cache: none."
+        )
+
+
+def content_key(data: bytes | str) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:32]
+
+
+def fingerprint(cache_dir: Path, *folders: Path) -> str:
+    """A digest of the JSON and weight files in `folders`.
+
+    Hashing gigabytes takes seconds, so each file's digest is remembered by path, size and modification time.
+    """
+    memo_path = cache_dir / "fingerprints.json"
+    memo = json.loads(memo_path.read_text()) if memo_path.is_file() else {}
+    digests = []
+    for folder in folders:
+        for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
+            stat = path.resolve().stat()
+            memo_key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+            if memo_key not in memo:
+                with path.open("rb") as file:
+                    memo[memo_key] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests.append(f"{folder.name}/{path.name}:{memo[memo_key]}")
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    partial = memo_path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(memo, indent=0))
+    partial.rename(memo_path)
+    return content_key("\n".join(digests))[:16]

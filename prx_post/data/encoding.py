@@ -1,0 +1,173 @@
+"""From rows to samples: which rows are usable, at which size, and their latents and embeddings in the cache."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prx_post.config import DataConfig
+from prx_post.data.buckets import Buckets, Size
+from prx_post.data.cache import TensorCache, check_free_space, content_key, fingerprint
+from prx_post.data.readers import BadRow, PictureRows, decode, image_size, report_bad_rows
+from prx_post.model.checkpoint import PipelineFolder
+from prx_post.model.codec import LatentCodec, to_pixels
+from prx_post.model.text import PromptCleaner, PromptEncoder, tokenize
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A usable row: its size in training, pixels, and its keys in the caches."""
+
+    row: int
+    prompt: str
+    size: Size
+    image_key: str
+    prompt_key: str
+
+
+def scan(
+    rows: PictureRows, buckets: Buckets, cleaner: PromptCleaner, decode_all: bool
+) -> tuple[list[Sample], list[BadRow]]:
+    """Sort rows into usable samples and bad rows, from captions and picture headers (or whole pictures)."""
+    samples, bad = [], []
+    for row in tqdm(range(len(rows)), desc="scanning", unit="row", leave=False):
+        prompt = rows.prompts[row]
+        try:
+            if not prompt or not prompt.strip():
+                raise OSError("the caption is empty")
+            if cleaner.is_lost(prompt):
+                raise OSError("prompt cleaning leaves nothing of the caption; set skip_text_cleaning: true to keep it")
+            data = rows.image_bytes(row)
+            size = buckets(*image_size(data))
+            if decode_all:
+                decode(data)
+        except OSError as error:
+            bad.append(BadRow(row, rows.name(row), str(error)))
+            continue
+        image_key = f"{content_key(data)}-{size[0]}x{size[1]}"
+        samples.append(Sample(row, prompt, size, image_key, content_key(cleaner(prompt))))
+    return samples, bad
+
+
+class Encoders:
+    """The VAE and the text encoder of a pipeline, each loaded at its first use and counted in `loaded`."""
+
+    def __init__(self, pipeline: PipelineFolder, cleaner: PromptCleaner, device: torch.device, text_dtype: torch.dtype):
+        self.pipeline, self.cleaner, self.device, self.text_dtype = pipeline, cleaner, device, text_dtype
+        self._codec: LatentCodec | None = None
+        self._prompts: PromptEncoder | None = None
+
+    @property
+    def codec(self) -> LatentCodec:
+        # fp32 always: the VAE runs once a picture, and bfloat16 latents would cap what training can reach.
+        if self._codec is None:
+            self._codec = LatentCodec(self.pipeline.load_vae().to(self.device))
+        return self._codec
+
+    @property
+    def prompts(self) -> PromptEncoder:
+        if self._prompts is None:
+            text_encoder = self.pipeline.load_text_encoder(self.text_dtype).to(self.device)
+            self._prompts = PromptEncoder(self.pipeline.load_tokenizer(), text_encoder, self.cleaner)
+        return self._prompts
+
+    @property
+    def loaded(self) -> list[str]:
+        return [name for name, part in (("vae", self._codec), ("text_encoder", self._prompts)) if part is not None]
+
+    def latents(self, data: bytes, size: Size) -> Tensor:
+        """Latents of one encoded picture, [C, H/f, W/f] fp32. Raises OSError if it cannot be decoded."""
+        return self.codec.encode(to_pixels(decode(data), *size)[None])[0]
+
+    def free(self) -> None:
+        """Let go of both, and of their memory."""
+        self._codec = self._prompts = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@dataclass
+class EncodedCache:
+    """The latents and the embeddings of one pipeline's VAE and text encoder."""
+
+    latents: TensorCache
+    embeddings: TensorCache
+
+    @classmethod
+    def open(cls, cache_dir: Path, pipeline: PipelineFolder, text_dtype: torch.dtype) -> "EncodedCache":
+        vae = fingerprint(cache_dir, pipeline.path / "vae")
+        text = fingerprint(cache_dir, pipeline.path / "tokenizer", pipeline.path / "text_encoder")
+        dtype = str(text_dtype).removeprefix("torch.")
+        return cls(TensorCache(cache_dir / "latents" / vae), TensorCache(cache_dir / "embeddings" / f"{text}-{dtype}"))
+
+
+def fill_cache(
+    cache: EncodedCache, samples: list[Sample], rows: PictureRows, prompts: list[str], encoders: Encoders
+) -> list[BadRow]:
+    """Encode what the cache lacks of `samples` and of the extra `prompts`. Returns rows that could not be decoded.
+
+    Raises:
+        PrxPostError: the disk has too little space, before anything is encoded.
+    """
+    wanted = {content_key(encoders.cleaner(p)): p for p in prompts} | {s.prompt_key: s.prompt for s in samples}
+    new_prompts = {key: prompt for key, prompt in wanted.items() if key not in cache.embeddings}
+    new_images = {s.image_key: s for s in samples if s.image_key not in cache.latents}
+    check_free_space(
+        cache.latents.folder, _bytes_needed(encoders, list(new_prompts.values()), list(new_images.values()))
+    )
+    bad: list[BadRow] = []
+
+    def embeddings() -> Iterator[tuple[str, Tensor]]:
+        for key, prompt in tqdm(new_prompts.items(), desc="encoding prompts", unit="prompt", leave=False):
+            yield key, encoders.prompts(prompt)
+
+    def latents() -> Iterator[tuple[str, Tensor]]:
+        for key, sample in tqdm(new_images.items(), desc="encoding images", unit="image", leave=False):
+            try:
+                yield key, encoders.latents(rows.image_bytes(sample.row), sample.size)
+            except OSError as error:
+                bad.append(BadRow(sample.row, rows.name(sample.row), str(error)))
+
+    cache.embeddings.write(embeddings())
+    cache.latents.write(latents())
+    return bad
+
+
+def _bytes_needed(encoders: Encoders, prompts: list[str], samples: list[Sample]) -> int:
+    """Exactly what fp32 latents and unpadded embeddings take, from shapes and token counts."""
+    pipeline = encoders.pipeline
+    latent_values = 0
+    for sample in samples:
+        channels, height, width = pipeline.latent_shape(*sample.size)
+        latent_values += channels * height * width
+    tokenizer = pipeline.load_tokenizer() if prompts else None
+    tokens = sum(int(tokenize(tokenizer, encoders.cleaner(prompt))["attention_mask"].sum()) for prompt in prompts)
+    width = pipeline.configs["transformer"]["context_in_dim"]
+    return 4 * latent_values + encoders.text_dtype.itemsize * tokens * width
+
+
+def prepare(
+    config: DataConfig,
+    rows: PictureRows,
+    encoders: Encoders,
+    buckets: Buckets,
+    bad_rows_path: Path,
+    extra_prompts: Callable[[], list[str]] = list,
+) -> tuple[list[Sample], EncodedCache | None]:
+    """Scan the rows and, unless `cache: none`, bring the cache up to date.
+
+    Raises:
+        DataError: too many rows are bad, or none is left; they are listed in `bad_rows_path`.
+    """
+    samples, bad = scan(rows, buckets, encoders.cleaner, decode_all=config.cache == "none")
+    report_bad_rows(bad, len(rows), config.max_bad_fraction, bad_rows_path)
+    if config.cache == "none":
+        return samples, None
+    cache = EncodedCache.open(Path(config.cache_dir).expanduser(), encoders.pipeline, encoders.text_dtype)
+    undecodable = fill_cache(cache, samples, rows, ["", *extra_prompts()], encoders)
+    report_bad_rows([*bad, *undecodable], len(rows), config.max_bad_fraction, bad_rows_path)
+    lost = {b.row for b in undecodable}
+    return [s for s in samples if s.image_key in cache.latents and s.row not in lost], cache

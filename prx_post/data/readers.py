@@ -1,0 +1,137 @@
+"""Rows of pictures with captions, from an image folder, parquet files or the Hub; `datasets` does the reading."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from prx_post.config import DataConfig, PrxPostError
+
+
+class DataError(PrxPostError):
+    """A data set that cannot be trained on."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is left out, and why. Written to bad_rows.jsonl."""
+
+    row: int
+    name: str
+    reason: str
+
+
+class PictureRows:
+    """Rows of a `datasets.Dataset`: encoded picture bytes and a caption each; nothing is decoded here."""
+
+    def __init__(self, dataset: Any, image_column: str, prompt_column: str) -> None:
+        self._dataset = dataset
+        self._image_column = image_column
+        self.prompts: list[str | None] = list(dataset[prompt_column])
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def _cell(self, row: int) -> dict[str, Any]:
+        return self._dataset[row][self._image_column] or {}
+
+    def name(self, row: int) -> str:
+        return self._cell(row).get("path") or f"row {row}"
+
+    def image_bytes(self, row: int) -> bytes:
+        """The encoded picture. Raises OSError if its file cannot be read or the cell is empty."""
+        cell = self._cell(row)
+        if cell.get("bytes") is not None:
+            return cell["bytes"]
+        if not cell.get("path"):
+            raise OSError("the cell is empty")
+        return Path(cell["path"]).read_bytes()
+
+
+def read_rows(config: DataConfig) -> PictureRows:
+    """Open the data set of a configuration.
+
+    Raises:
+        DataError: it does not exist, lacks a column, or is empty.
+    """
+    import datasets
+
+    dataset = _load(config)
+    for field_name, column in (("image_column", config.image_column), ("prompt_column", config.prompt_column)):
+        if column not in dataset.column_names:
+            raise DataError(
+                f"{field_name} is {column!r}, but {config.dataset_name} has only the columns "
+                f"{', '.join(dataset.column_names)}. Set {field_name} to one of these."
+            )
+    if len(dataset) == 0:
+        raise DataError(
+            f"dataset_name is {config.dataset_name!r}, which has no rows. Choose another data set or split."
+        )
+    try:
+        dataset = dataset.cast_column(config.image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"image_column is {config.image_column!r}, which does not hold pictures: {error}. Choose another column."
+        ) from error
+    return PictureRows(dataset, config.image_column, config.prompt_column)
+
+
+def _load(config: DataConfig) -> Any:
+    import datasets
+
+    name = str(config.dataset_name)
+    path = Path(name).expanduser()
+    try:
+        if path.is_file() and path.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if path.is_dir():
+            if parquet := sorted(str(p) for p in path.glob("**/*.parquet")):
+                return datasets.load_dataset("parquet", data_files=parquet, split="train")
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=config.dataset_split)
+        if path.exists():
+            raise DataError(f"dataset_name is {name!r}, but must be a folder, a .parquet file or a Hub id.")
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise DataError(f"dataset_name is {name!r}, but there is no such file or folder. Check the path.")
+        return datasets.load_dataset(name, split=config.dataset_split)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"dataset_name is {name!r}, which could not be read: {reason}") from error
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(height, width) from the header. Raises OSError if these bytes are no picture."""
+    with _open(data) as image:
+        return image.height, image.width
+
+
+def decode(data: bytes) -> Image.Image:
+    """The whole picture, RGB. Raises OSError if it is truncated or no picture."""
+    with _open(data) as image:
+        try:
+            return image.convert("RGB")
+        except (SyntaxError, ValueError) as error:  # Pillow reports some broken files so
+            raise OSError(str(error)) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise OSError(f"not a readable picture ({type(error).__name__})") from error
+
+
+def report_bad_rows(bad: list[BadRow], total: int, max_bad_fraction: float, path: Path) -> None:
+    """Write the rows left out to `path`, and raise DataError if they are too many or nothing is left."""
+    if not bad:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(vars(b), ensure_ascii=False) + "\n" for b in bad))
+    if len(bad) == total or len(bad) > max_bad_fraction * total:
+        first = bad[0]
+        raise DataError(
+            f"{len(bad)} of {total} rows cannot be used, but max_bad_fraction is {max_bad_fraction}. "
+            f"The first is {first.name}: {first.reason}. All are listed in {path}."
+        )

@@ -1,0 +1,57 @@
+"""Exponential moving average of the trained weights."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class EMA:
+    """Averages parameters in fp32: average = decay · average + (1 - decay) · parameter.
+
+    The decay is warmed up as min(decay, (1 + n) / (10 + n)) after n updates, so that a short run's average is not
+    mostly its starting point. decay = 0 means no average: `swapped_in` leaves the parameters as they are.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], decay: float, update_steps: int = 1) -> None:
+        self._parameters = list(parameters)
+        self.decay, self.update_steps = decay, update_steps
+        self.num_updates = 0
+        self.averages: list[Tensor] = [p.detach().float().clone() for p in self._parameters] if decay else []
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Call after optimizer step number `step`, counted from 1."""
+        if not self.averages or step % self.update_steps:
+            return
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(self.averages, [p.detach().float() for p in self._parameters], 1 - decay)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, the parameters hold the averages; afterwards they hold the trained values again."""
+        if not self.averages:
+            yield
+            return
+        trained = [p.detach().clone() for p in self._parameters]
+        self._set(self.averages)
+        try:
+            yield
+        finally:
+            self._set(trained)
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"num_updates": self.num_updates, "averages": self.averages}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.num_updates = state["num_updates"]  # type: ignore[assignment]
+        for average, saved in zip(self.averages, state["averages"], strict=True):  # type: ignore[call-overload]
+            average.copy_(saved)

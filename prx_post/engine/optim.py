@@ -1,0 +1,76 @@
+"""Optimizers and schedules; torch and transformers do the work."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from prx_post.config import TrainConfig
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+class MuonWithAdamW(Optimizer):
+    """torch's Muon for some parameters and AdamW for the others, behind one optimizer's face.
+
+    `param_groups` are the two optimizers' own groups, so a schedule that sets `lr` in them reaches both.
+    """
+
+    def __init__(self, muon: Muon, adamw: AdamW) -> None:
+        self.muon, self.adamw = muon, adamw
+        groups = muon.param_groups + adamw.param_groups
+        super().__init__([{**group} for group in groups], {})
+        self.param_groups = groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.muon.load_state_dict(state_dict["muon"])
+        self.adamw.load_state_dict(state_dict["adamw"])
+        self.param_groups = self.muon.param_groups + self.adamw.param_groups
+
+
+def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:
+    """The blocks' 2-D weights. Embeddings, the final layer, biases and norms stay with AdamW (Jordan et al. 2024)."""
+    return parameter.ndim == 2 and ".blocks." in f".{name}"
+
+
+def build_optimizer(named_parameters: NamedParameters, config: TrainConfig) -> Optimizer:
+    """AdamW (fused), or Muon for the blocks' 2-D weights with AdamW for the rest, at one learning rate.
+
+    Muon's update is rescaled to AdamW's typical RMS (Liu et al. 2025), so that one learning rate suits both.
+    """
+    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+
+    def adamw(parameters: list[nn.Parameter]) -> AdamW:
+        return AdamW(
+            parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            fused=all(p.device.type in ("cpu", "cuda") for p in parameters),
+        )
+
+    if config.optim == "adamw":
+        return adamw([p for _, p in trainable])
+    matrices = [p for name, p in trainable if is_muon_parameter(name, p)]
+    rest = [p for name, p in trainable if not is_muon_parameter(name, p)]
+    muon = Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return MuonWithAdamW(muon, adamw(rest)) if rest else muon
+
+
+def build_schedule(optimizer: Optimizer, config: TrainConfig) -> Any:
+    """A learning-rate schedule by its name in transformers, stepped once an optimizer step."""
+    from transformers import get_scheduler
+
+    return get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps)

@@ -1,0 +1,215 @@
+"""Pictures from a checkpoint: the sampler that training, evaluation and `prx-post generate` share."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from tqdm import tqdm
+
+from prx_post import __version__
+from prx_post.config import PrxPostError, check_types, doc, parse, require, require_one_of, require_positive
+from prx_post.data.encoding import Encoders
+from prx_post.flow import inference_sigmas, seeded_noise
+from prx_post.model.checkpoint import DTYPES, Checkpoint, PipelineFolder, load, open_pipeline
+from prx_post.model.codec import to_images
+from prx_post.model.denoiser import guided
+from prx_post.model.text import PromptCleaner, pad_embeddings
+from prx_post.sampling import euler_sample
+
+Embed = Callable[[str], Tensor]
+"""prompt -> embedding without padding, [L, D]"""
+
+
+@dataclass
+class Sampler:
+    """Draws pictures from a transformer, many at a time, with and without guidance.
+
+    The noise of a picture is that of `torch.Generator().manual_seed(seed)`, so one picture equals what PRXPipeline
+    makes with that generator. (PRXPipeline itself fails on guided batches.)
+    """
+
+    transformer: Any
+    scheduler: Any
+    num_inference_steps: int
+    guidance_scale: float
+    latent_shape: tuple[int, int, int]
+    device: torch.device
+    pad_length: int
+    """Tokens that prompts are padded to; the tokenizer's model_max_length, as in the pipeline."""
+
+    @torch.no_grad()
+    def latents(self, embeddings: Sequence[Tensor], null: Tensor, seeds: Sequence[int]) -> Tensor:
+        """One picture for each embedding and seed. Returns latents [B, C, H/f, W/f] fp32."""
+        cond = self._pad(embeddings)
+        uncond = self._pad([null] * len(embeddings)) if self.guidance_scale > 1 else None
+        noise = seeded_noise(seeds, self.latent_shape).to(self.device)
+        velocity = guided(self.transformer, cond, uncond, self.guidance_scale)
+        return euler_sample(velocity, noise, inference_sigmas(self.scheduler, self.num_inference_steps))
+
+    def _pad(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        dtype = next(self.transformer.parameters()).dtype
+        embeds, mask = pad_embeddings([e.to(self.device, dtype) for e in embeddings], self.pad_length)
+        return embeds, mask
+
+
+def generate_images(
+    sampler: Sampler,
+    embed: Embed,
+    decode: Callable[[Tensor], Tensor],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+) -> Iterator[Image.Image]:
+    """Pictures of `prompts[i]` from noise `seeds[i]`, in order."""
+    memo: dict[str, Tensor] = {}
+    for prompt in ["", *prompts]:
+        if prompt not in memo:
+            memo[prompt] = embed(prompt)
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        latents = sampler.latents([memo[p] for p in prompts[part]], memo[""], seeds[part])
+        yield from to_images(decode(latents))
+
+
+@dataclass
+class GenerateConfig:
+    """Pictures from prompts."""
+
+    model_name_or_path: str | None = doc("Folder or Hub id of a PRX pipeline; `tiny` is the embedded base.", None)
+    model_revision: str | None = doc("Hub revision of the checkpoint.", None)
+    prompts: list[str] = doc("Prompts.", [])
+    prompts_file: str | None = doc("A text file with a prompt a line, or JSON lines with a `prompt` each.", None)
+    seeds: list[int] = doc("Noise seeds; every prompt is drawn once with each.", [0])
+    num_inference_steps: int = doc("Sampler steps.", 28)
+    guidance_scale: float = doc("Classifier-free guidance; 1 switches it off.", 5.0)
+    height: int | None = doc("Height, pixels; null: the checkpoint's default_sample_size.", None)
+    width: int | None = doc("Width, pixels; null: the checkpoint's default_sample_size.", None)
+    batch_size: int = doc("Pictures at a time.", 8)
+    skip_text_cleaning: bool = doc("Only light prompt cleaning; as in training.", False)
+    dtype: str = doc("Precision of the transformer and text encoder: `float32` or `bfloat16`.", "float32")
+    output_dir: str | None = doc("Folder for the PNGs; must be new or empty.", None)
+    num_threads: int = doc("CPU threads torch may use; 0 leaves torch's own choice.", 0)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("model_name_or_path", "output_dir"):
+            value = getattr(self, name)
+            require(bool(value), name, value, "set", "the command needs it", f"Set {name}")
+        require_positive(self, "num_inference_steps", "batch_size")
+        require_one_of("dtype", self.dtype, tuple(DTYPES))
+        require(
+            self.guidance_scale >= 1,
+            *("guidance_scale", self.guidance_scale, "1 or more", "less is not defined", "Set 1 for no guidance"),
+        )
+        require(bool(self.seeds), "seeds", self.seeds, "a list of at least one", "a seed makes a picture", "Set seeds")
+
+
+def read_prompts(config: GenerateConfig) -> list[str]:
+    """Prompts of the command line and of the file. Raises PrxPostError if there are none or the file is missing."""
+    prompts = list(config.prompts)
+    if config.prompts_file is not None:
+        path = Path(config.prompts_file).expanduser()
+        if not path.is_file():
+            raise PrxPostError(f"prompts_file is {config.prompts_file!r}, but there is no such file. Check the path.")
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        prompts += [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+    if not prompts:
+        raise PrxPostError("prompts is empty, but must hold at least one. Give --prompts or --prompts_file.")
+    return prompts
+
+
+def resolve_size(pipeline: PipelineFolder, height: int | None, width: int | None) -> tuple[int, int]:
+    """The size to generate at, checked against the model."""
+    default = pipeline.default_sample_size or 512
+    size = (height or default, width or default)
+    pipeline.check_size(*size)
+    return size
+
+
+def warn_lost_prompts(cleaner: PromptCleaner, prompts: Sequence[str]) -> None:
+    for prompt in dict.fromkeys(prompts):
+        if cleaner.is_lost(prompt):
+            tqdm.write(f"warning: prompt cleaning leaves nothing of {prompt!r}; set skip_text_cleaning to keep it.")
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build_sampler(
+    checkpoint: Checkpoint, size: tuple[int, int], num_inference_steps: int, guidance_scale: float, device: torch.device
+) -> Sampler:
+    pipeline = checkpoint.pipeline
+    return Sampler(
+        transformer=checkpoint.transformer.to(device).eval(),
+        scheduler=checkpoint.scheduler,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        latent_shape=pipeline.latent_shape(*size),
+        device=device,
+        pad_length=pipeline.max_prompt_tokens,
+    )
+
+
+def run(args: Sequence[str]) -> None:
+    """`prx-post generate`"""
+    (config,) = parse([GenerateConfig], args, "prx-post generate")
+    prompts = read_prompts(config)
+    pipeline = open_pipeline(config.model_name_or_path, config.model_revision)
+    size = resolve_size(pipeline, config.height, config.width)
+    output_dir = require_empty(config.output_dir)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device, dtype = default_device(), DTYPES[config.dtype]
+    cleaner = PromptCleaner(config.skip_text_cleaning)
+    warn_lost_prompts(cleaner, prompts)
+    encoders = Encoders(pipeline, cleaner, device, dtype)
+    checkpoint = load(str(pipeline.path), dtype)
+    sampler = build_sampler(checkpoint, size, config.num_inference_steps, config.guidance_scale, device)
+
+    jobs = [(prompt, seed) for prompt in prompts for seed in config.seeds]
+    pictures = generate_images(
+        sampler, encoders.prompts, encoders.codec.decode, [p for p, _ in jobs], [s for _, s in jobs], config.batch_size
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(tqdm(pictures, total=len(jobs), desc="generating", unit="image")):
+        prompt, seed = jobs[i]
+        settings = {
+            "prompt": prompt,
+            "seed": seed,
+            "num_inference_steps": config.num_inference_steps,
+            "guidance_scale": config.guidance_scale,
+            "height": size[0],
+            "width": size[1],
+            "checkpoint": config.model_name_or_path,
+            "dtype": config.dtype,
+            "skip_text_cleaning": config.skip_text_cleaning,
+            "software": f"prx-post {__version__}",
+        }
+        image.save(output_dir / f"{i:05d}.png", pnginfo=png_info(settings))
+    print(f"{len(jobs)} pictures in {output_dir}")
+
+
+def png_info(settings: dict[str, Any]) -> PngInfo:
+    """Settings as PNG text chunks, one each."""
+    info = PngInfo()
+    for name, value in settings.items():
+        info.add_itxt(name, str(value))
+    return info
+
+
+def require_empty(output_dir: str | None) -> Path:
+    """The folder as a path; raises PrxPostError if it holds anything but the list of an earlier run's bad rows."""
+    path = Path(str(output_dir)).expanduser()
+    if path.is_file() or (path.exists() and any(p.name != "bad_rows.jsonl" for p in path.iterdir())):
+        raise PrxPostError(
+            f"output_dir is {str(output_dir)!r}, but must be new or empty because nothing is overwritten. "
+            f"Choose another output_dir, or move this one away."
+        )
+    return path

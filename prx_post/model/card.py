@@ -1,0 +1,87 @@
+"""The model card of an emitted pipeline."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+TEMPLATE = """\
+{front_matter}
+# {title}
+
+{summary}
+
+| | |
+|---|---|
+| Stage | {stage} |
+| Base | {base} |
+| Data | {data} |
+| Recommended steps | {steps} |
+| Recommended guidance | {guidance} |
+| Size | {size} |
+| Stored as | {dtype} |
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{title}", torch_dtype=torch.{dtype})
+image = pipe("{example}", num_inference_steps={steps}, guidance_scale={guidance}{size_arguments}).images[0]
+```
+
+## Metrics
+
+{metrics}
+
+## Configuration
+
+```yaml
+{config}```
+"""
+
+
+@dataclass
+class ModelCard:
+    title: str
+    stage: str
+    base: str
+    base_is_on_hub: bool
+    data: str
+    num_inference_steps: int
+    guidance_scale: float
+    dtype: str
+    height: int | None = None
+    width: int | None = None
+    skip_text_cleaning: bool = False
+    example: str = "A front-facing portrait of a lion in the golden savanna at sunset"
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def render(self) -> str:
+        front = {
+            "library_name": "diffusers",
+            "pipeline_tag": "text-to-image",
+            "license": "apache-2.0",
+            "tags": ["prx", "prx-post", self.stage],
+        }
+        if self.base_is_on_hub:
+            front["base_model"] = self.base
+        arguments = f", height={self.height}, width={self.width}, use_resolution_binning=False" if self.height else ""
+        arguments += ", skip_text_cleaning=True" if self.skip_text_cleaning else ""
+        rows = [f"| {name} | {value} |" for name, value in self.metrics.items()]
+        return TEMPLATE.format(
+            front_matter=f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+            title=self.title,
+            summary=f"A PRX text-to-image pipeline, post-trained with prx-post ({self.stage}).",
+            stage=self.stage,
+            base=self.base,
+            data=self.data,
+            steps=self.num_inference_steps,
+            guidance=self.guidance_scale,
+            size=f"{self.width}×{self.height}" if self.height else "the base's aspect buckets",
+            dtype=self.dtype,
+            example=self.example.replace('"', '\\"'),
+            size_arguments=arguments,
+            metrics="\n".join(["| | |", "|---|---|", *rows]) if rows else "None were measured in this run.",
+            config=yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True),
+        )

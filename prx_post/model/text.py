@@ -1,0 +1,100 @@
+"""Prompts to embeddings, exactly as the pipeline makes them, and saving T5Gemma encoders so that they load again."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class PromptCleaner:
+    """The pipeline's own prompt cleaning."""
+
+    def __init__(self, skip_text_cleaning: bool = False) -> None:
+        from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
+
+        preprocessor = TextPreprocessor()
+        self.skip_text_cleaning = skip_text_cleaning
+        self._clean = preprocessor.basic_clean if skip_text_cleaning else preprocessor.clean_text
+
+    def __call__(self, prompt: str) -> str:
+        return self._clean(prompt)
+
+    def is_lost(self, prompt: str) -> bool:
+        """Whether cleaning leaves nothing of a prompt that had something (Chinese, for one, is stripped whole)."""
+        return bool(prompt.strip()) and not self(prompt)
+
+
+@dataclass
+class PromptEncoder:
+    """Prompts -> embeddings with the pipeline's tokenizer, cleaner and encoder, one prompt at a time.
+
+    One at a time because the last bits of an embedding depend on the batch it was computed in; encoded alone it is a
+    function of the prompt, and so can be cached.
+    """
+
+    tokenizer: Any
+    text_encoder: Any
+    cleaner: PromptCleaner
+
+    def token_ids(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Token ids and mask of the cleaned prompt, padded to the tokenizer's model_max_length, both [1, L]."""
+        tokens = tokenize(self.tokenizer, self.cleaner(prompt))
+        return tokens["input_ids"], tokens["attention_mask"].bool()
+
+    @torch.no_grad()
+    def __call__(self, prompt: str) -> Tensor:
+        """Embedding of one prompt without its padding, [L, D] in the encoder's dtype, on the encoder's device."""
+        ids, mask = self.token_ids(prompt)
+        device = self.text_encoder.device
+        output = self.text_encoder(input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True)
+        return output["last_hidden_state"][0, mask[0].to(device)]
+
+
+def tokenize(tokenizer: Any, cleaned_prompt: str) -> dict[str, Tensor]:
+    return tokenizer(
+        [cleaned_prompt],
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+
+
+def pad_embeddings(embeddings: list[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Stack embeddings [L_i, D] into [B, L, D] with a bool mask [B, L]; L is `length` or the longest."""
+    length = length or max(e.shape[0] for e in embeddings)
+    padded = embeddings[0].new_zeros(len(embeddings), length, embeddings[0].shape[1])
+    mask = torch.zeros(len(embeddings), length, dtype=torch.bool, device=padded.device)
+    for i, embedding in enumerate(embeddings):
+        padded[i, : embedding.shape[0]] = embedding
+        mask[i, : embedding.shape[0]] = True
+    return padded, mask
+
+
+def save_text_encoder(text_encoder: Any, folder: Path) -> None:
+    """Save a T5GemmaEncoder so that `from_pretrained` finds the composite config it expects.
+
+    `T5GemmaEncoder.save_pretrained` alone writes the encoder's flat config, from which neither diffusers nor
+    transformers can load it again. The decoder's part of the config is never built; it repeats the encoder's.
+    """
+    from transformers.models.t5gemma.configuration_t5gemma import T5GemmaConfig
+
+    text_encoder.save_pretrained(folder)
+    flat: Any = text_encoder.config
+    # Two copies: T5GemmaConfig marks the one it takes as decoder, which would turn the encoder's attention causal.
+    composite = T5GemmaConfig(
+        encoder=copy.deepcopy(flat),
+        decoder=copy.deepcopy(flat),
+        is_encoder_decoder=False,
+        vocab_size=flat.vocab_size,
+        architectures=["T5GemmaEncoder"],
+    ).to_dict()
+    for part in (composite, composite["encoder"], composite["decoder"]):
+        part["_name_or_path"] = ""  # where it was loaded from says nothing about what it is
+    composite["dtype"] = str(next(text_encoder.parameters()).dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(composite, indent=2, sort_keys=True) + "\n")

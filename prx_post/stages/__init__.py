@@ -1,0 +1,1 @@
+"""Post-training stages. A stage builds, fits and emits; it never imports another."""

@@ -1,0 +1,288 @@
+"""Supervised fine-tuning of a PRX transformer by flow matching, of all weights or a LoRA adapter."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from prx_post.config import (
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    doc,
+    parse,
+    require,
+    require_fraction,
+    require_not_negative,
+    require_one_of,
+    require_positive,
+)
+from prx_post.data.buckets import Buckets
+from prx_post.data.cache import content_key
+from prx_post.data.encoding import EncodedCache, Encoders, Sample, prepare
+from prx_post.data.readers import PictureRows, read_rows
+from prx_post.data.source import Batch, BatchSource, DrawPlan
+from prx_post.engine.tracking import RunLog, grid
+from prx_post.engine.trainer import Trainer, build_accelerator, output_folder, seed_everything
+from prx_post.flow import interpolate, sample_timesteps, velocity_target
+from prx_post.generate import Sampler, generate_images, require_empty, resolve_size, warn_lost_prompts
+from prx_post.model import lora
+from prx_post.model.card import ModelCard
+from prx_post.model.checkpoint import Checkpoint, PipelineFolder, emit, load, open_pipeline
+from prx_post.model.denoiser import predict_velocity
+from prx_post.model.text import PromptCleaner
+from prx_post.objectives.flow_matching import contrastive_term, flow_matching_loss, immiscible_order, min_snr_weight
+
+
+@dataclass
+class SFTConfig(TrainConfig):
+    """Flow-matching settings, on top of the training loop's. Defaults are PRX's pretraining distribution."""
+
+    caption_dropout: float = doc("Share of samples trained on the encoded empty prompt, for guidance.", 0.1)
+    timestep_mean: float = doc("Mean of the normal variable whose sigmoid is t.", 0.0)
+    timestep_std: float = doc("Standard deviation of that variable.", 1.0)
+    timestep_shift: float = doc("t -> shift·t / (1 + (shift - 1)·t); above 1 favours noise.", 1.0)
+    timestep_uniform_fraction: float = doc("Share of samples whose t is uniform instead.", 0.1)
+    loss_weighting: str = doc("`none`, or `min_snr` (Hang et al. 2023).", "none")
+    min_snr_gamma: float = doc("Cap of the signal-to-noise weight for `min_snr`.", 5.0)
+    contrastive_weight: float = doc(
+        "Weight of contrastive flow matching's negative term; 0.05 in its paper, 0: off.", 0.0
+    )
+    immiscible: bool = doc("Assign each micro-batch's noises to its samples by least distance.", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_fraction(self, "caption_dropout", "timestep_uniform_fraction")
+        require_positive(self, "timestep_std", "timestep_shift", "min_snr_gamma")
+        require_not_negative(self, "contrastive_weight")
+        require_one_of("loss_weighting", self.loss_weighting, ("none", "min_snr"))
+        require(
+            self.contrastive_weight == 0 or self.per_device_train_batch_size > 1,
+            "per_device_train_batch_size",
+            self.per_device_train_batch_size,
+            "2 or more",
+            "contrastive_weight compares a sample with another of its batch",
+            "Raise it, or set contrastive_weight to 0",
+        )
+
+
+class FlowMatchingObjective(nn.Module):
+    """x_t = (1 - t) x0 + t noise; the transformer's output is regressed onto noise - x0."""
+
+    def __init__(self, transformer: nn.Module, config: SFTConfig) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.config = config
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`batch` as made by BatchSource. Noise and timestep of a sample derive from its seed alone."""
+        x0 = batch["latents"].float()
+        noise, t = self.draw(batch["seeds"], x0)
+        target = velocity_target(x0, noise)
+        velocity = predict_velocity(
+            self.transformer, interpolate(x0, noise, t), t, batch["prompt_embeds"], batch["prompt_mask"]
+        )
+        weight = min_snr_weight(t, self.config.min_snr_gamma) if self.config.loss_weighting == "min_snr" else None
+        loss, metrics = flow_matching_loss(velocity, target, weight)
+        if self.config.contrastive_weight:
+            loss = loss - self.config.contrastive_weight * contrastive_term(velocity, target)
+        return loss, metrics
+
+    def draw(self, seeds: Sequence[int], x0: Tensor) -> tuple[Tensor, Tensor]:
+        """noise like x0 and t [B], on x0's device."""
+        config = self.config
+        ts, noises = [], []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            ts.append(
+                sample_timesteps(
+                    1,
+                    mean=config.timestep_mean,
+                    std=config.timestep_std,
+                    shift=config.timestep_shift,
+                    uniform_fraction=config.timestep_uniform_fraction,
+                    generator=generator,
+                )
+            )
+            noises.append(torch.randn(x0.shape[1:], generator=generator))
+        noise = torch.stack(noises).to(x0.device)
+        if config.immiscible:
+            noise = noise[immiscible_order(x0, noise)]
+        return noise, torch.cat(ts).to(x0.device)
+
+
+def run(args: Sequence[str]) -> None:
+    """`prx-post sft`"""
+    model, data, config = parse([ModelConfig, DataConfig, SFTConfig], args, "prx-post sft")
+    train(model, data, config)
+
+
+def train(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Checkpoint:
+    """Check everything, bring the cache up to date, fit, emit `output_dir/final`."""
+    pipeline = open_pipeline(str(model.model_name_or_path), model.model_revision)
+    buckets = Buckets(pipeline, data.height, data.width)
+    output_dir = require_empty(config.output_dir)
+    rows = read_rows(data)
+    seed_everything(config)
+
+    accelerator = build_accelerator(config)
+    cleaner = PromptCleaner(data.skip_text_cleaning)
+    warn_lost_prompts(cleaner, config.sample_prompts)
+    encoders = Encoders(
+        pipeline, cleaner, accelerator.device, text_dtype=torch.bfloat16 if config.bf16 else torch.float32
+    )
+    with accelerator.main_process_first():
+        samples, cache = prepare(
+            data, rows, encoders, buckets, output_dir / "bad_rows.jsonl", lambda: config.sample_prompts
+        )
+    if cache is not None:
+        encoders.free()
+
+    checkpoint = load(str(pipeline.path))
+    checkpoint.pipeline = pipeline
+    network = prepare_network(checkpoint.transformer, model, config)
+    objective = FlowMatchingObjective(network, config)
+    source = build_source(samples, rows, cache, encoders, config, accelerator)
+    settings = {k: v for part in (model, data, config) for k, v in dataclasses.asdict(part).items()}
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    log = RunLog(accelerator, output_dir, config.run_name or output_dir.name, settings, config.max_steps)
+    sampler = build_grid_sampler(network, checkpoint, data, config, accelerator.device)
+    draw_grid = GridDrawer(sampler, encoders, cache, config, log)
+    trainer = Trainer(config, accelerator, objective, source, log, draw_grid)
+    metrics = trainer.fit()
+
+    if accelerator.is_main_process:
+        with trainer.ema.swapped_in():
+            if model.use_peft:
+                lora.save_adapter(network, output_dir / "final-adapter")
+                checkpoint.transformer = lora.merge(network)
+            checkpoint.card = card(model, data, config, settings, metrics, len(samples), pipeline).render()
+            emit(checkpoint, output_dir / "final", config.emit_dtype)
+    log.close()
+    accelerator.print(f"pipeline in {output_dir / 'final'}")
+    return checkpoint
+
+
+def prepare_network(transformer: Any, model: ModelConfig, config: TrainConfig) -> Any:
+    """The transformer with what is to be trained unfrozen: itself, or a PeftModel around it."""
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if config.torch_compile:
+        for block in transformer.blocks:
+            block.compile()
+    if model.use_peft:
+        return lora.attach(transformer, model)
+    return transformer.train().requires_grad_(True)
+
+
+def build_source(
+    samples: list[Sample],
+    rows: PictureRows,
+    cache: EncodedCache | None,
+    encoders: Encoders,
+    config: SFTConfig,
+    accelerator: Any,
+) -> BatchSource:
+    world = accelerator.num_processes
+    size = config.per_device_train_batch_size
+    plan = DrawPlan(
+        [s.size for s in samples], size * world * config.gradient_accumulation_steps, config.seed, config.max_steps
+    )
+    return BatchSource(
+        samples,
+        rows,
+        cache,
+        encoders,
+        plan,
+        micro_batch_size=size,
+        num_steps=config.max_steps,
+        rank=accelerator.process_index,
+        world_size=world,
+        caption_dropout=config.caption_dropout,
+        # torch.compile specialises on shapes, so it gets one text length
+        pad_length=encoders.pipeline.max_prompt_tokens if config.torch_compile else None,
+    )
+
+
+def build_grid_sampler(
+    network: Any, checkpoint: Checkpoint, data: DataConfig, config: TrainConfig, device: torch.device
+) -> Sampler:
+    pipeline: PipelineFolder = checkpoint.pipeline
+    size = resolve_size(pipeline, data.height, data.width)
+    return Sampler(
+        transformer=network,
+        scheduler=pipeline.load_scheduler(),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        latent_shape=pipeline.latent_shape(*size),
+        device=device,
+        pad_length=pipeline.max_prompt_tokens,
+    )
+
+
+class GridDrawer:
+    """Draws `sample_prompts` × `sample_seeds`, a row a prompt, each time the trainer asks."""
+
+    def __init__(
+        self, sampler: Sampler, encoders: Encoders, cache: EncodedCache | None, config: TrainConfig, log: RunLog
+    ) -> None:
+        self.sampler, self.encoders, self.cache, self.config, self.log = sampler, encoders, cache, config, log
+
+    def _embed(self, prompt: str) -> Tensor:
+        if self.cache is None:
+            return self.encoders.prompts(prompt)
+        return self.cache.embeddings[content_key(self.encoders.cleaner(prompt))]
+
+    def __call__(self, step: int) -> None:
+        config = self.config
+        jobs = [(prompt, seed) for prompt in config.sample_prompts for seed in config.sample_seeds]
+        if not jobs:
+            return
+        with torch.autocast(self.sampler.device.type, torch.bfloat16, enabled=config.bf16):
+            images = list(
+                generate_images(
+                    self.sampler,
+                    self._embed,
+                    self.encoders.codec.decode,
+                    [prompt for prompt, _ in jobs],
+                    [seed for _, seed in jobs],
+                    config.per_device_train_batch_size,
+                )
+            )
+        if self.cache is not None:
+            self.encoders.free()
+        self.log.picture(step, "grid", grid(images, columns=len(config.sample_seeds)))
+
+
+def card(
+    model: ModelConfig,
+    data: DataConfig,
+    config: SFTConfig,
+    settings: dict[str, Any],
+    metrics: dict[str, float],
+    num_samples: int,
+    pipeline: PipelineFolder,
+) -> ModelCard:
+    steps, loss = config.max_steps, metrics["loss"]
+    return ModelCard(
+        title=output_folder(config).name,
+        stage="sft",
+        base=str(model.model_name_or_path),
+        base_is_on_hub=pipeline.is_from_hub,
+        data=f"{data.dataset_name} ({num_samples} pictures)",
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        dtype=config.emit_dtype,
+        height=data.height,
+        width=data.width,
+        skip_text_cleaning=data.skip_text_cleaning,
+        example=next(iter(config.sample_prompts), ModelCard.example),
+        config=settings,
+        metrics={"optimizer steps": steps, "final training loss": f"{loss:.4f}"},
+    )
