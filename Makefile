@@ -1,5 +1,5 @@
 # Both commands start from nothing: they make their own virtual environment and install the tested versions.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 THREADS ?= $(shell nproc)
 export OMP_NUM_THREADS := $(THREADS)
 export TOKENIZERS_PARALLELISM := false

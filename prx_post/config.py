@@ -6,12 +6,13 @@ Names are those of TRL and of transformers' TrainingArguments wherever one exist
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 
 class PrxPostError(Exception):
@@ -178,6 +179,19 @@ class DataConfig:
             require_positive(self, "height", "width")
 
 
+SCHEDULES = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
+"""Those of transformers' `get_scheduler` that need no settings beyond warm-up and length."""
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+
+
 @dataclass
 class TrainConfig:
     """The optimisation loop. Every stage's own configuration extends this one."""
@@ -233,6 +247,9 @@ class TrainConfig:
         require_fraction(self, "ema_decay", "adam_beta1", "adam_beta2")
         require_one_of("optim", self.optim, ("adamw", "muon"))
         require_one_of("emit_dtype", self.emit_dtype, ("float32", "bfloat16"))
+        require_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        for tracker in self.report_to:
+            require_one_of("report_to", tracker, TRACKERS)
         require(
             self.guidance_scale >= 1,
             "guidance_scale",
@@ -241,9 +258,6 @@ class TrainConfig:
             "the pipeline refuses less, and 1 means no guidance",
             "Set guidance_scale to 1 to sample without guidance",
         )
-
-
-ConfigT = TypeVar("ConfigT")
 
 
 def parse(dataclass_types: Sequence[type], args: Sequence[str], prog: str) -> tuple[Any, ...]:
@@ -258,7 +272,12 @@ def parse(dataclass_types: Sequence[type], args: Sequence[str], prog: str) -> tu
     _check_flags(args, known)
     from trl import TrlParser
 
-    parser = TrlParser(dataclass_types=list(dataclass_types), prog=prog, allow_abbrev=False)
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            flag = re.match(r"argument --(\w+)[^:]*: (.*)", message, re.DOTALL)
+            raise ConfigError(f"{flag[1]}: {flag[2]}. See --help." if flag else f"{message}. See --help.")
+
+    parser = Parser(dataclass_types=list(dataclass_types), prog=prog, allow_abbrev=False)
     return parser.parse_args_and_config(args=list(args))
 
 
@@ -287,7 +306,11 @@ def _check_config_file(args: Sequence[str], known: Sequence[str]) -> None:
 def _check_flags(args: Sequence[str], known: Sequence[str]) -> None:
     for arg in args:
         if arg.startswith("--") and arg not in ("--config", "--help"):
-            _check_known(arg[2:].split("=")[0], [*known, *(f"no_{name}" for name in known)], "on the command line")
+            _check_known(
+                arg[2:].split("=")[0].replace("-", "_"),
+                [*known, *(f"no_{name}" for name in known)],
+                "on the command line",
+            )
 
 
 def _check_known(key: str, known: Sequence[str], where: str) -> None:

@@ -1,6 +1,6 @@
 """From rows to samples: which rows are usable, at which size, and their latents and embeddings in the cache."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +118,7 @@ def fill_cache(
     check_free_space(
         cache.latents.folder, _bytes_needed(encoders, list(new_prompts.values()), list(new_images.values()))
     )
-    bad: list[BadRow] = []
+    unreadable: dict[str, str] = {}
 
     def embeddings() -> Iterator[tuple[str, Tensor]]:
         for key, prompt in tqdm(new_prompts.items(), desc="encoding prompts", unit="prompt", leave=False):
@@ -129,11 +129,11 @@ def fill_cache(
             try:
                 yield key, encoders.latents(rows.image_bytes(sample.row), sample.size)
             except OSError as error:
-                bad.append(BadRow(sample.row, rows.name(sample.row), str(error)))
+                unreadable[key] = str(error)
 
     cache.embeddings.write(embeddings())
     cache.latents.write(latents())
-    return bad
+    return [BadRow(s.row, rows.name(s.row), unreadable[s.image_key]) for s in samples if s.image_key in unreadable]
 
 
 def _bytes_needed(encoders: Encoders, prompts: list[str], samples: list[Sample]) -> int:
@@ -155,7 +155,7 @@ def prepare(
     encoders: Encoders,
     buckets: Buckets,
     bad_rows_path: Path,
-    extra_prompts: Callable[[], list[str]] = list,
+    extra_prompts: Sequence[str] = (),
 ) -> tuple[list[Sample], EncodedCache | None]:
     """Scan the rows and, unless `cache: none`, bring the cache up to date.
 
@@ -167,7 +167,6 @@ def prepare(
     if config.cache == "none":
         return samples, None
     cache = EncodedCache.open(Path(config.cache_dir).expanduser(), encoders.pipeline, encoders.text_dtype)
-    undecodable = fill_cache(cache, samples, rows, ["", *extra_prompts()], encoders)
+    undecodable = fill_cache(cache, samples, rows, ["", *extra_prompts], encoders)
     report_bad_rows([*bad, *undecodable], len(rows), config.max_bad_fraction, bad_rows_path)
-    lost = {b.row for b in undecodable}
-    return [s for s in samples if s.image_key in cache.latents and s.row not in lost], cache
+    return [s for s in samples if s.image_key in cache.latents], cache

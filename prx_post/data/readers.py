@@ -67,29 +67,33 @@ def read_rows(config: DataConfig) -> PictureRows:
                 f"{', '.join(dataset.column_names)}. Set {field_name} to one of these."
             )
     if len(dataset) == 0:
-        raise DataError(
-            f"dataset_name is {config.dataset_name!r}, which has no rows. Choose another data set or split."
-        )
+        raise _no_rows(config.dataset_name)
     try:
         dataset = dataset.cast_column(config.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:  # of datasets and of pyarrow
         raise DataError(
             f"image_column is {config.image_column!r}, which does not hold pictures: {error}. Choose another column."
         ) from error
     return PictureRows(dataset, config.image_column, config.prompt_column)
 
 
+def _no_rows(name: str | None) -> DataError:
+    return DataError(f"dataset_name is {name!r}, which has no rows. Choose another data set or split.")
+
+
 def _load(config: DataConfig) -> Any:
     import datasets
+    import pyarrow.parquet as pq
 
     name = str(config.dataset_name)
     path = Path(name).expanduser()
     try:
-        if path.is_file() and path.suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        parquet = [path] if path.is_file() and path.suffix == ".parquet" else sorted(path.glob("**/*.parquet"))
+        if parquet:
+            if not any(pq.read_metadata(file).num_rows for file in parquet):  # datasets fails obscurely on these
+                raise _no_rows(name)
+            return datasets.load_dataset("parquet", data_files=[str(file) for file in parquet], split="train")
         if path.is_dir():
-            if parquet := sorted(str(p) for p in path.glob("**/*.parquet")):
-                return datasets.load_dataset("parquet", data_files=parquet, split="train")
             return datasets.load_dataset("imagefolder", data_dir=str(path), split=config.dataset_split)
         if path.exists():
             raise DataError(f"dataset_name is {name!r}, but must be a folder, a .parquet file or a Hub id.")
@@ -97,7 +101,7 @@ def _load(config: DataConfig) -> Any:
             raise DataError(f"dataset_name is {name!r}, but there is no such file or folder. Check the path.")
         return datasets.load_dataset(name, split=config.dataset_split)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise DataError(f"dataset_name is {name!r}, which could not be read: {reason}") from error
 
 

@@ -62,6 +62,8 @@ class EvalConfig:
             value = getattr(self, name)
             require(bool(value), name, value, "set", "an evaluation needs it", f"Set {name}")
         require_positive(self, "num_inference_steps", "batch_size")
+        if self.num_prompts is not None:
+            require_positive(self, "num_prompts")
         require_one_of("dtype", self.dtype, tuple(DTYPES))
         for reward in self.rewards:
             require_one_of("rewards", reward, tuple(base.REGISTRY))

@@ -250,7 +250,7 @@ def emit(checkpoint: Checkpoint, folder: str | Path, dtype: str = "float32") -> 
     checkpoint.scheduler.save_pretrained(partial / "scheduler")
     if dict(checkpoint.scheduler.config) == dict(base.load_scheduler().config):
         shutil.copytree(base.path / "scheduler", partial / "scheduler", dirs_exist_ok=True)
-    _cast(checkpoint.transformer, DTYPES[dtype]).save_pretrained(partial / "transformer")
+    _save_transformer(checkpoint.transformer, DTYPES[dtype], partial / "transformer")
     index = {**base.index, "text_encoder": ["prx", "T5GemmaEncoder"]}
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     if checkpoint.card is not None:
@@ -263,6 +263,10 @@ def emit(checkpoint: Checkpoint, folder: str | Path, dtype: str = "float32") -> 
     return folder
 
 
-def _cast(transformer: Any, dtype: torch.dtype) -> Any:
-    """`transformer` itself if it is of that type already, else a converted copy (the fp32 masters stay)."""
-    return transformer if transformer.dtype == dtype else copy.deepcopy(transformer).to(dtype)
+def _save_transformer(transformer: Any, dtype: torch.dtype, folder: Path) -> None:
+    """Save `transformer`, or a converted copy of it (the fp32 masters stay), without the path it was loaded from."""
+    converted = transformer if transformer.dtype == dtype else copy.deepcopy(transformer).to(dtype)
+    converted.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

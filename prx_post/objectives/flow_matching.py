@@ -1,4 +1,4 @@
-"""Flow matching (Lipman et al. 2022, eq. 9) and three optional variations on it."""
+"""Flow matching (Lipman et al. 2022, eq. 9) and two optional variations on it."""
 
 import torch
 from torch import Tensor
@@ -37,11 +37,3 @@ def contrastive_term(velocity: Tensor, target: Tensor) -> Tensor:
     if velocity.shape[0] < 2:
         raise ValueError("the contrastive term needs at least two samples in a batch")
     return (velocity.float() - target.float().roll(1, 0)).square().mean()
-
-
-def immiscible_order(x0: Tensor, noise: Tensor) -> Tensor:
-    """Which noise goes to which sample so that the total distance is smallest (Li et al. 2024, alg. 1). [B] int64."""
-    from scipy.optimize import linear_sum_assignment
-
-    distance = torch.cdist(x0.float().flatten(1), noise.float().flatten(1))
-    return torch.as_tensor(linear_sum_assignment(distance.cpu().numpy())[1])

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from prx_post.config import (
 from prx_post.data.buckets import Buckets
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import EncodedCache, Encoders, Sample, prepare
+from prx_post.data.immiscible import immiscible_order
 from prx_post.data.readers import PictureRows, read_rows
 from prx_post.data.source import Batch, BatchSource, DrawPlan
 from prx_post.engine.tracking import RunLog, grid
@@ -35,7 +37,7 @@ from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import Checkpoint, PipelineFolder, emit, load, open_pipeline
 from prx_post.model.denoiser import predict_velocity
 from prx_post.model.text import PromptCleaner
-from prx_post.objectives.flow_matching import contrastive_term, flow_matching_loss, immiscible_order, min_snr_weight
+from prx_post.objectives.flow_matching import contrastive_term, flow_matching_loss, min_snr_weight
 
 
 @dataclass
@@ -121,8 +123,8 @@ def run(args: Sequence[str]) -> None:
     train(model, data, config)
 
 
-def train(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Checkpoint:
-    """Check everything, bring the cache up to date, fit, emit `output_dir/final`."""
+def train(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
+    """Check everything, bring the cache up to date, fit, emit. Returns the emitted pipeline's folder."""
     pipeline = open_pipeline(str(model.model_name_or_path), model.model_revision)
     buckets = Buckets(pipeline, data.height, data.width)
     output_dir = require_empty(config.output_dir)
@@ -136,9 +138,7 @@ def train(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Checkpoint
         pipeline, cleaner, accelerator.device, text_dtype=torch.bfloat16 if config.bf16 else torch.float32
     )
     with accelerator.main_process_first():
-        samples, cache = prepare(
-            data, rows, encoders, buckets, output_dir / "bad_rows.jsonl", lambda: config.sample_prompts
-        )
+        samples, cache = prepare(data, rows, encoders, buckets, output_dir / "bad_rows.jsonl", config.sample_prompts)
     if cache is not None:
         encoders.free()
 
@@ -166,7 +166,7 @@ def train(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Checkpoint
             emit(checkpoint, output_dir / "final", config.emit_dtype)
     log.close()
     accelerator.print(f"pipeline in {output_dir / 'final'}")
-    return checkpoint
+    return output_dir / "final"
 
 
 def prepare_network(transformer: Any, model: ModelConfig, config: TrainConfig) -> Any:

@@ -23,7 +23,7 @@ from prx_post.tiny.datasets import pretraining_pictures, write_parquet
 from prx_post.tiny.pictures import HEIGHT, WIDTH
 
 JUDGE_STEPS, LANGUAGE_STEPS, AUTOENCODER_STEPS = 3000, 1200, 3000
-PRETRAIN_STEPS = 5000
+PRETRAIN_STEPS = 2200
 GUIDANCE, STEPS = 3.0, 28
 """What the base wants at inference: the best guidance on validation numbers."""
 

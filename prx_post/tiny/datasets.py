@@ -13,7 +13,7 @@ from prx_post.tiny.pictures import write_number
 from prx_post.tiny.world import FORMS, NUMBERS, caption, split_of_numbers
 
 PRETRAIN_SIZE = 24_000
-PRETRAIN_WRONG_CAPTIONS = 0.35
+PRETRAIN_WRONG_CAPTIONS = 0.5
 """Share of pretraining captions with a wrong digit. Web captions are wrong too; it makes the base mediocre."""
 CURATED_SIZE = 2_000
 CURATED_CANDIDATES = 4_000

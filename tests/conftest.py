@@ -1,0 +1,118 @@
+"""Shared pieces: the embedded base, small data sets, a pipeline with random weights of each variant."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from prx_post.tiny import BASE
+from prx_post.tiny.datasets import CaptionedPicture, write_folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet_home(tmp_path_factory):
+    """No test reads or writes the user's caches."""
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """Accelerate keeps the precision of the first run of a process; every test starts anew."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    return BASE
+
+
+def numbered_pictures(numbers: list[int], seed: int = 0) -> list[CaptionedPicture]:
+    import numpy as np
+
+    from prx_post.tiny.pictures import write_number
+
+    rng = np.random.default_rng(seed)
+    return [CaptionedPicture(write_number(n, "generator", rng), n, str(n)) for n in numbers]
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory) -> Path:
+    """48 captioned pictures as an image folder."""
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    write_folder(numbered_pictures(list(range(100, 148))), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def warm_cache(tmp_path_factory) -> Path:
+    """A cache folder that tests may share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def prx_post():
+    """Run the command line in a process of its own; returns its CompletedProcess."""
+
+    def run(*args: object, check: bool = False) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "prx_post.cli", *map(str, args)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if check:
+            assert result.returncode == 0, result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def dc_ae_pipeline(tmp_path_factory) -> Path:
+    """A PRX pipeline of the DC-AE variant with random weights: factor 4, no shift, patch 1."""
+    import shutil
+
+    from diffusers import AutoencoderDC, PRXTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("dc-ae") / "pipeline"
+    shutil.copytree(BASE, folder)
+    torch.manual_seed(0)
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 16, 32),
+        decoder_block_out_channels=(8, 16, 32),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        scaling_factor=0.7,
+    )
+    transformer = PRXTransformer2DModel(
+        in_channels=8, patch_size=1, context_in_dim=128, hidden_size=32, num_heads=2, depth=2, axes_dim=[8, 8]
+    )
+    randomise_modulation(transformer)
+    for name, model in (("vae", vae), ("transformer", transformer)):
+        shutil.rmtree(folder / name)
+        model.save_pretrained(folder / name)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["vae"] = ["diffusers", "AutoencoderDC"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def randomise_modulation(transformer: torch.nn.Module) -> None:
+    """A fresh PRX is the identity in every block, because its modulation is zero: tests would compare equals."""
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter, std=0.05)

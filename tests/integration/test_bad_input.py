@@ -1,0 +1,134 @@
+"""What a user gets wrong: one line, exit code 2, nothing overwritten, no model loaded where that can be helped."""
+
+import json
+
+import pytest
+
+from prx_post.data.readers import DataError
+from prx_post.stages.sft import train
+from tests.integration.test_sft import settings
+
+
+def no_models(monkeypatch):
+    from prx_post.model.checkpoint import PipelineFolder
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    for name in ("load_text_encoder", "load_vae", "load_transformer"):
+        monkeypatch.setattr(PipelineFolder, name, refuse)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rat", "1"], "learning_rat on the command line is not a setting"),
+        (["--max_steps", "many"], "max_steps: invalid int value: 'many'"),
+        (["--model_name_or_path", "./nowhere"], "there is no such folder"),
+        (["--width", "60"], "width is 60, but must be a multiple of 8"),
+        (["--prompt_column", "caption"], "prompt_column is 'caption'"),
+        (["--dataset_name", "./nothing"], "there is no such file or folder"),
+    ],
+)
+def test_one_line_and_exit_code_two(prx_post, picture_folder, tmp_path, flags, message):
+    common = ["--model_name_or_path", "tiny", "--dataset_name", picture_folder, "--height", 32, "--width", 64]
+    result = prx_post("sft", *common, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache", *flags)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_dir_with_another_run_is_left_alone(picture_folder, tmp_path, warm_cache, monkeypatch):
+    from prx_post.config import PrxPostError
+
+    no_models(monkeypatch)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("precious")
+    with pytest.raises(PrxPostError, match="must be new or empty because nothing is overwritten"):
+        train(*settings(picture_folder, warm_cache, tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert (tmp_path / "run" / "config.yaml").read_text() == "precious"
+
+
+def damaged_folder(picture_folder, tmp_path, damage):
+    import shutil
+
+    folder = tmp_path / "pictures"
+    shutil.copytree(picture_folder, folder)
+    damage(folder)
+    return folder
+
+
+def truncate(folder):
+    path = folder / "00007.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def replace_prompt(folder, row, prompt):
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lines[row] = json.dumps({**json.loads(lines[row]), "prompt": prompt})
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_an_unreadable_picture_is_counted_named_and_left_out(picture_folder, tmp_path, cache):
+    folder = damaged_folder(picture_folder, tmp_path, truncate)
+    run = tmp_path / "run"
+    train(*settings(folder, tmp_path / "cache", run, cache=cache, max_bad_fraction=0.05, max_steps=1))
+    (bad,) = [json.loads(line) for line in (run / "bad_rows.jsonl").read_text().splitlines()]
+    assert bad["row"] == 7
+    assert bad["name"].endswith("00007.png")
+    assert "47 pictures" in (run / "final" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_too_many_unreadable_pictures_stop_the_run_before_it_trains(picture_folder, tmp_path, cache):
+    folder = damaged_folder(picture_folder, tmp_path, truncate)
+    with pytest.raises(DataError, match=r"1 of 48 rows cannot be used, but max_bad_fraction is 0\.01.*00007\.png"):
+        train(*settings(folder, tmp_path / "cache", tmp_path / "run", cache=cache))
+    assert not (tmp_path / "run" / "final").exists()
+    # the list it leaves does not stand in the way of the next try
+    train(*settings(picture_folder, tmp_path / "cache", tmp_path / "run", cache=cache, max_steps=1))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"), [("四百七十二", "prompt cleaning leaves nothing"), (" ", "caption is empty")]
+)
+def test_a_prompt_that_is_empty_or_cleaned_away_is_reported_not_trained_on(
+    picture_folder, tmp_path, prompt, reason, monkeypatch
+):
+    no_models(monkeypatch)
+    folder = damaged_folder(picture_folder, tmp_path, lambda f: replace_prompt(f, 3, prompt))
+    with pytest.raises(DataError, match=reason):
+        train(*settings(folder, tmp_path / "cache", tmp_path / "run"))
+    (bad,) = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()]
+    assert bad["row"] == 3
+
+
+def test_a_chinese_prompt_is_kept_with_skip_text_cleaning(picture_folder, tmp_path):
+    folder = damaged_folder(picture_folder, tmp_path, lambda f: replace_prompt(f, 3, "四百七十二"))
+    train(*settings(folder, tmp_path / "cache", tmp_path / "run", skip_text_cleaning=True, max_steps=1))
+    assert not (tmp_path / "run" / "bad_rows.jsonl").exists()
+
+
+def test_a_full_disk_is_noticed_before_anything_is_encoded(picture_folder, tmp_path, monkeypatch):
+    import shutil
+
+    from prx_post.config import PrxPostError
+
+    no_models(monkeypatch)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(PrxPostError, match="cache_dir is .* GiB free, but must have"):
+        train(*settings(picture_folder, tmp_path / "cache", tmp_path / "run"))
+
+
+def test_a_loss_that_is_no_longer_finite_stops_the_run_and_emits_nothing(picture_folder, warm_cache, tmp_path):
+    from prx_post.config import PrxPostError
+
+    with pytest.raises(PrxPostError, match="must be finite. Lower learning_rate"):
+        train(*settings(picture_folder, warm_cache, tmp_path / "run", learning_rate=1e30, max_steps=30))
+    assert not (tmp_path / "run" / "final").exists()

@@ -1,0 +1,71 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prx_post import generate
+from prx_post.config import PrxPostError
+
+COMMON = ["--model_name_or_path", "tiny", "--height", "32", "--width", "64", "--num_inference_steps", "4"]
+
+
+def test_every_prompt_is_drawn_with_every_seed_and_says_so_in_its_metadata(prx_post, tmp_path):
+    out = tmp_path / "out"
+    result = prx_post(
+        *("generate", *COMMON, "--prompts", "472", "eighty-one", "--seeds", 0, 7, "--guidance_scale", 2.5),
+        *("--batch_size", 3, "--output_dir", out),
+        check=True,
+    )
+    assert "4 pictures in" in result.stdout
+    images = [Image.open(p) for p in sorted(out.glob("*.png"))]
+    assert [(i.text["prompt"], i.text["seed"]) for i in images] == [
+        ("472", "0"),
+        ("472", "7"),
+        ("eighty-one", "0"),
+        ("eighty-one", "7"),
+    ]
+    assert images[0].size == (64, 32)
+    assert images[0].text["guidance_scale"] == "2.5"
+    assert images[0].text["num_inference_steps"] == "4"
+    assert images[0].text["checkpoint"] == "tiny"
+
+
+def test_the_batch_size_does_not_change_the_pictures(tmp_path):
+    for size in (1, 4):
+        flags = ["--prompts", "472", "81", "--seeds", "0", "1", "--batch_size", str(size)]
+        generate.run([*COMMON, *flags, "--output_dir", str(tmp_path / str(size))])
+    for name in ("00000.png", "00003.png"):
+        one, four = (np.asarray(Image.open(tmp_path / size / name)).astype(int) for size in ("1", "4"))
+        assert np.abs(one - four).max() <= 1  # rounding of matrix products of another shape
+
+
+def test_prompts_come_from_a_file_too(tmp_path):
+    (tmp_path / "prompts.txt").write_text("472\n\nninety\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "trois"}) + "\n")
+    for name, count in (("prompts.txt", 2), ("prompts.jsonl", 1)):
+        out = tmp_path / name.replace(".", "-")
+        generate.run([*COMMON, "--prompts_file", str(tmp_path / name), "--output_dir", str(out)])
+        assert len(list(out.glob("*.png"))) == count
+
+
+def test_a_prompt_that_cleaning_empties_is_warned_about(tmp_path, capsys):
+    generate.run([*COMMON, "--prompts", "四百", "--output_dir", str(tmp_path / "out")])
+    assert "prompt cleaning leaves nothing of '四百'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "prompts is empty"),
+        (["--prompts_file", "none.txt"], "there is no such file"),
+        (["--prompts", "a", "--seeds"], "seeds"),
+        (["--prompts", "a", "--guidance_scale", "0"], "guidance_scale is 0.0, but must be 1 or more"),
+        (["--prompts", "a", "--height", "30"], "height is 30, but must be a multiple of 8"),
+        (["--prompts", "a", "--dtype", "float16"], "dtype is 'float16', but must be one of float32, bfloat16"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path, flags, message):
+    with pytest.raises(PrxPostError, match=message):
+        generate.run([*COMMON, "--output_dir", str(tmp_path / "out"), *flags])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,269 @@
+"""`prx-post sft` on the embedded base, a few steps at a time."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prx_post.config import DataConfig, ModelConfig, PrxPostError
+from prx_post.data.encoding import Encoders
+from prx_post.model.checkpoint import PipelineFolder, load
+from prx_post.stages.sft import FlowMatchingObjective, SFTConfig, train
+from tests.conftest import numbered_pictures
+
+STEPS = 4
+
+
+def settings(dataset, cache_dir, output_dir, **changes):
+    values = {
+        "model_name_or_path": "tiny",
+        "dataset_name": str(dataset),
+        "height": 32,
+        "width": 64,
+        "cache_dir": str(cache_dir),
+        "output_dir": str(output_dir),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "sample_steps": 0,
+        "report_to": [],
+        "num_inference_steps": 2,
+        **changes,
+    }
+
+    def part(kind):
+        return kind(**{k: v for k, v in values.items() if k in kind.__dataclass_fields__})
+
+    return part(ModelConfig), part(DataConfig), part(SFTConfig)
+
+
+def losses(output_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_training_lowers_the_loss_on_its_own_data_and_emits_the_average(picture_folder, warm_cache, tmp_path):
+    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=40, ema_decay=0.5, timestep_std=0.1))
+    curve = losses(tmp_path / "run")
+    assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert "| Stage | sft |" in card
+    assert "num_inference_steps=2" in card
+    moved = weights(tmp_path / "run" / "final")
+    start = {k: v.float() for k, v in load("tiny").transformer.state_dict().items()}
+    assert moved.keys() == start.keys()
+    assert all((moved[k] != start[k]).any() for k in moved)
+
+
+def test_losses_are_bit_identical_with_the_cache_and_without(picture_folder, warm_cache, tmp_path):
+    train(*settings(picture_folder, warm_cache, tmp_path / "disk", cache="disk"))
+    train(*settings(picture_folder, warm_cache, tmp_path / "none", cache="none"))
+    assert losses(tmp_path / "disk") == losses(tmp_path / "none")
+    first, second = weights(tmp_path / "disk" / "final"), weights(tmp_path / "none" / "final")
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_second_run_loads_neither_text_encoder_nor_vae(picture_folder, tmp_path, monkeypatch):
+    loads = []
+    for name in ("load_text_encoder", "load_vae"):
+        original = getattr(PipelineFolder, name)
+
+        def counted(self, *args, _name=name, _original=original, **kwargs):
+            loads.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(PipelineFolder, name, counted)
+    train(*settings(picture_folder, tmp_path / "cache", tmp_path / "first"))
+    assert sorted(loads) == ["load_text_encoder", "load_vae"]
+    loads.clear()
+    train(*settings(picture_folder, tmp_path / "cache", tmp_path / "second"))
+    assert loads == []
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+
+
+def test_the_cache_is_keyed_by_content(picture_folder, tmp_path):
+    """A copy of the data under another name is a hit; another picture, prompt or size is a miss."""
+    cache = tmp_path / "cache"
+    train(*settings(picture_folder, cache, tmp_path / "one", max_steps=1))
+    shards = set(cache.rglob("*.safetensors"))
+    shutil.copytree(picture_folder, tmp_path / "copy")
+    train(*settings(tmp_path / "copy", cache, tmp_path / "two", max_steps=1))
+    assert set(cache.rglob("*.safetensors")) == shards
+    train(*settings(tmp_path / "copy", cache, tmp_path / "three", max_steps=1, height=32, width=72))
+    assert {p.parent.parent.name for p in set(cache.rglob("*.safetensors")) - shards} == {"latents"}
+
+
+def test_one_batch_of_sixteen_equals_two_of_eight_accumulated(picture_folder, warm_cache, tmp_path):
+    common = {"max_grad_norm": 0.0, "ema_decay": 0.0}
+    train(*settings(picture_folder, warm_cache, tmp_path / "one", per_device_train_batch_size=16, **common))
+    train(
+        *settings(
+            picture_folder,
+            warm_cache,
+            tmp_path / "two",
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            **common,
+        )
+    )
+    # The same samples, noise and timesteps in two halves: sums in another order, fp32 rounding only
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim": "muon"},
+        {"gradient_checkpointing": True},
+        {"loss_weighting": "min_snr"},
+        {"contrastive_weight": 0.05},
+        {"immiscible": True},
+        {"bf16": True},
+        {"timestep_shift": 3.0, "caption_dropout": 1.0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_option_trains_and_emits(picture_folder, warm_cache, tmp_path, changes):
+    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=2, **changes))
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run" / "final").values())
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_gradient_checkpointing_changes_memory_not_numbers(picture_folder, warm_cache, tmp_path):
+    for name, on in (("off", False), ("on", True)):
+        train(*settings(picture_folder, warm_cache, tmp_path / name, gradient_checkpointing=on))
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-6)
+
+
+def test_lora_emits_the_merged_pipeline_and_the_adapter(picture_folder, warm_cache, tmp_path):
+    from peft import PeftModel
+
+    train(*settings(picture_folder, warm_cache, tmp_path / "run", use_peft=True, lora_r=4))
+    base_weights = load("tiny").transformer.state_dict()
+    merged = weights(tmp_path / "run" / "final")
+    assert merged.keys() == base_weights.keys()
+    changed = {k for k in merged if not torch.equal(merged[k], base_weights[k])}
+    assert len(changed) == 36  # six projections in six blocks
+    adapter = PeftModel.from_pretrained(load("tiny").transformer, tmp_path / "run" / "final-adapter")
+    again = adapter.merge_and_unload().state_dict()
+    assert all(torch.allclose(again[k], merged[k], atol=1e-6) for k in merged)
+
+
+def test_the_velocity_loss_equals_a_calculation_by_hand(base):
+    """A transformer that always answers 0: the loss is the mean square of noise - x0."""
+
+    class Silent(torch.nn.Module):
+        def forward(self, hidden_states, **kwargs):
+            self.asked = hidden_states, kwargs["timestep"]
+            return (torch.zeros_like(hidden_states),)
+
+    silent = Silent()
+    objective = FlowMatchingObjective(silent, SFTConfig(output_dir="unused"))
+    x0 = torch.full((2, 1, 2, 2), 3.0)
+    batch = {"latents": x0, "prompt_embeds": None, "prompt_mask": None, "seeds": [5, 6]}
+    loss, _ = objective(batch)
+    x_t, t = silent.asked
+    noise = torch.stack([(x_t[i] - (1 - t[i]) * 3.0) / t[i] for i in range(2)])  # from x_t = (1 - t)·3 + t·noise
+    expected = sum((n - 3.0) ** 2 for n in noise.flatten().tolist()) / 8
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert abs(noise.mean().item()) < 1.5
+    assert ((t > 0) & (t < 1)).all()
+
+
+def test_caption_dropout_trains_on_the_encoded_empty_prompt(picture_folder, warm_cache, tmp_path, base):
+    from prx_post.stages import sft
+
+    seen = []
+
+    class Spy(FlowMatchingObjective):
+        def forward(self, batch):
+            seen.append(batch["prompt_embeds"].clone())
+            return super().forward(batch)
+
+    original, sft.FlowMatchingObjective = sft.FlowMatchingObjective, Spy
+    try:
+        train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=1, caption_dropout=1.0))
+    finally:
+        sft.FlowMatchingObjective = original
+    from diffusers import PRXPipeline
+
+    pipe = PRXPipeline.from_pretrained(base)
+    null, mask, _, _ = pipe.encode_prompt("", device=torch.device("cpu"), do_classifier_free_guidance=False)
+    expected = null[0, mask[0]]
+    assert expected.abs().sum() > 0
+    assert all(torch.equal(row, expected) for row in seen[0])
+
+
+def test_sample_grids_come_at_the_start_on_the_way_and_at_the_end(picture_folder, warm_cache, tmp_path):
+    from PIL import Image
+
+    changes = {"sample_steps": 2, "sample_prompts": ["472", "81", "306"], "sample_seeds": [0, 1]}
+    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=3, report_to=["tensorboard"], **changes))
+    grids = sorted((tmp_path / "run" / "samples").glob("*.png"))
+    assert [g.name for g in grids] == ["grid-000000.png", "grid-000002.png", "grid-000003.png"]
+    assert Image.open(grids[0]).size == (2 * 66 - 2, 3 * 34 - 2)
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_torch_compile_pads_prompts_to_one_length(picture_folder, warm_cache, tmp_path):
+    """Compilation itself takes a minute on a CPU and is left to GPUs; its batches must have one shape."""
+    from prx_post.engine.trainer import build_accelerator
+    from prx_post.model.checkpoint import open_pipeline
+    from prx_post.model.text import PromptCleaner
+    from prx_post.stages.sft import build_source
+
+    _, _, config = settings(picture_folder, warm_cache, tmp_path / "run", torch_compile=True)
+    encoders = Encoders(open_pipeline("tiny"), PromptCleaner(), torch.device("cpu"), torch.float32)
+    from prx_post.data.encoding import Sample
+
+    source = build_source([Sample(0, "1", (32, 64), "a", "b")], None, None, encoders, config, build_accelerator(config))
+    assert source.pad_length == 24
+
+
+def test_aspect_buckets_are_the_pipelines_own(base, tmp_path, warm_cache):
+    """With default_sample_size 256 and no fixed size, pictures go where PRXPipeline's binning would put them."""
+    from diffusers.image_processor import PixArtImageProcessor
+    from diffusers.pipelines.prx.pipeline_prx import ASPECT_RATIO_BINS
+
+    from prx_post.data.buckets import Buckets
+    from prx_post.model.checkpoint import inspect
+
+    folder = tmp_path / "pipeline"
+    shutil.copytree(base, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "default_sample_size": 256}))
+    buckets = Buckets(inspect(folder), None, None)
+    for size in [(100, 100), (300, 100), (100, 300), (640, 480), (1080, 1920)]:
+        assert buckets(*size) == PixArtImageProcessor.classify_height_width_bin(*size, ratios=ASPECT_RATIO_BINS[256])
+    assert buckets(100, 100) == (256, 256)
+    assert buckets(100, 300) == (160, 352)
+    with pytest.raises(PrxPostError, match="default_sample_size of 64 .* Set height and width"):
+        Buckets(inspect(base), None, None)
+
+
+def test_several_buckets_train_in_one_run(base, tmp_path, warm_cache):
+    from prx_post.tiny.datasets import write_folder
+
+    folder = tmp_path / "pipeline"
+    shutil.copytree(base, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "default_sample_size": 256}))
+    pictures = numbered_pictures(list(range(20, 24)))
+    for picture, size in zip(pictures, [(64, 64), (64, 64), (30, 64), (64, 30)], strict=True):
+        object.__setattr__(picture, "image", picture.image.resize(size))
+    write_folder(pictures, tmp_path / "pictures")
+    changes = {"model_name_or_path": str(folder), "height": None, "width": None, "per_device_train_batch_size": 2}
+    train(*settings(tmp_path / "pictures", warm_cache, tmp_path / "run", max_steps=6, **changes))
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_a_dc_ae_checkpoint_is_fine_tuned_by_the_same_code(dc_ae_pipeline, picture_folder, warm_cache, tmp_path):
+    train(*settings(picture_folder, warm_cache, tmp_path / "run", model_name_or_path=str(dc_ae_pipeline)))
+    assert load(str(tmp_path / "run" / "final")).pipeline.variant == "dc-ae"

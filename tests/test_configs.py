@@ -1,0 +1,31 @@
+"""Every shipped YAML loads, and says every setting by its right name."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prx_post.config import DataConfig, ModelConfig, parse
+from prx_post.evaluation.evaluate import EvalConfig
+from prx_post.stages.sft import SFTConfig
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.yaml"))
+KINDS = {"sft": [ModelConfig, DataConfig, SFTConfig], "eval": [EvalConfig]}
+
+
+def test_there_are_configs():
+    assert {f"{p.parent.name}/{p.name}" for p in CONFIGS} >= {
+        "tiny/sft.yaml",
+        "tiny/sft-lora.yaml",
+        "prx-512/sft-alchemist.yaml",
+        "prx-512/sft-alchemist-lora.yaml",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_shipped_config_loads_as_it_stands(path):
+    parts = parse(KINDS[path.stem.split("-")[0]], ["--config", str(path)], "test")
+    written = yaml.safe_load(path.read_text())
+    values = {name: value for part in parts for name, value in vars(part).items()}
+    assert {name: values[name] for name in written} == written
+    assert path.read_text().startswith("# ")

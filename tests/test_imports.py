@@ -1,0 +1,71 @@
+"""Imports flow one way; read from the syntax trees, nothing is run."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "prx_post"
+ALLOWED = {
+    "flow": {"flow"},
+    "sampling": {"sampling"},
+    "objectives": {"objectives"},
+    "model": {"model", "config", "flow", "sampling", "tiny"},
+    "data": {"data", "model", "config", "flow"},
+    "rewards": {"rewards", "config", "tiny"},
+    "engine": {"engine", "data", "config"},
+    "generate": {"generate", "data", "model", "config", "flow", "sampling"},
+    "evaluation": {"evaluation", "generate", "rewards", "data", "model", "config", "tiny"},
+    "config": {"config"},
+}
+"""Top-level parts of prx_post that each part may import. `stages`, `tiny` and `cli` stand on top of all."""
+
+HEAVY = {"accelerate", "deepspeed"}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_flow_one_way(path):
+    part = part_of(path)
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("prx_post.") and name.count(".")}
+    ours -= {"__version__"}
+    if part in ALLOWED:
+        assert ours <= ALLOWED[part]
+    if part == "stages":
+        stages = {name for name in imports(path) if name.startswith("prx_post.stages.")}
+        assert not stages, "a stage never imports a stage"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_the_engine_imports_accelerate_or_deepspeed(path):
+    if part_of(path) != "engine":
+        assert not {name.split(".")[0] for name in imports(path)} & HEAVY
+
+
+@pytest.mark.parametrize("part", ["flow", "sampling", "objectives"])
+def test_the_mathematics_imports_torch_alone(part):
+    standard = {"collections", "typing", "dataclasses", "math", "prx_post"}
+    for path in FILES:
+        if part_of(path) == part:
+            assert {name.split(".")[0] for name in imports(path)} <= {"torch", *standard}
+
+
+def test_no_file_is_longer_than_400_lines():
+    assert [p.name for p in FILES if len(p.read_text().splitlines()) > 400] == []

@@ -1,0 +1,95 @@
+import pytest
+
+from prx_post.config import ConfigError, DataConfig, ModelConfig, TrainConfig, parse
+from prx_post.stages.sft import SFTConfig
+
+KINDS = [ModelConfig, DataConfig, SFTConfig]
+COMPLETE = ["--model_name_or_path", "tiny", "--dataset_name", "data", "--output_dir", "run"]
+
+
+def write(tmp_path, text: str) -> list[str]:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def test_yaml_is_read_and_the_command_line_overrides_it(tmp_path):
+    config = write(tmp_path, "learning_rate: 1e-4\nmax_steps: 7\noutput_dir: run\n")
+    (train,) = parse([TrainConfig], [*config, "--max_steps", "9"], "test")
+    assert train.learning_rate == 1e-4  # YAML 1.1 reads 1e-4 as text; the parser makes it a number
+    assert train.max_steps == 9
+
+
+def test_integers_are_taken_where_a_number_is_expected(tmp_path):
+    (train,) = parse([TrainConfig], write(tmp_path, "guidance_scale: 3\noutput_dir: run\n"), "test")
+    assert train.guidance_scale == 3.0
+    assert isinstance(train.guidance_scale, float)
+
+
+def test_a_mistyped_key_in_the_file_names_the_nearest_setting(tmp_path):
+    with pytest.raises(ConfigError, match=r"lerning_rate in .*config.yaml .* Did you mean learning_rate\?"):
+        parse(KINDS, write(tmp_path, "lerning_rate: 0.1\n"), "test")
+
+
+def test_a_mistyped_flag_names_the_nearest_setting():
+    with pytest.raises(ConfigError, match=r"max_step on the command line .* Did you mean max_steps\?"):
+        parse(KINDS, [*COMPLETE, "--max_step", "5"], "test")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("max_steps: soon", "max_steps"),
+        ("max_steps: 2.5", "max_steps is 2.5, but must be a whole number"),
+        ("max_steps: true", "max_steps is True, but must be a whole number"),
+        ("bf16: 3", "bf16 is 3, but must be true or false"),
+        ("sample_seeds: [0, a]", "sample_seeds"),
+        ("sample_prompts: [1, 2]", "sample_prompts is .*, but must be a list, each text"),
+        ("learning_rate: [1.0e-4]", "learning_rate is .*, but must be a number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(tmp_path, line, message):
+    with pytest.raises(ConfigError, match=message):
+        parse([TrainConfig], write(tmp_path, f"output_dir: run\n{line}\n"), "test")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_steps", "0"], "max_steps is 0, but must be above 0"),
+        (["--optim", "adam"], r"optim is 'adam', but must be one of adamw, muon .* Did you mean 'adamw'"),
+        (["--caption_dropout", "1.5"], "caption_dropout is 1.5, but must be between 0 and 1"),
+        (["--guidance_scale", "0.5"], "guidance_scale is 0.5, but must be 1 or more"),
+        (["--height", "32"], "height is 32, but must be set together with width"),
+        (["--cache", "ram"], "cache is 'ram', but must be one of disk, none"),
+        (["--contrastive_weight", "0.05", "--per_device_train_batch_size", "1"], "per_device_train_batch_size is 1"),
+        (["--lr_scheduler_type", "cosin"], "lr_scheduler_type is 'cosin'.* Did you mean 'cosine'"),
+        (["--report_to", "tensorbord"], "report_to is 'tensorbord'.* Did you mean 'tensorboard'"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_the_rule_and_what_to_do(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(KINDS, [*COMPLETE, *flags], "test")
+
+
+@pytest.mark.parametrize("missing", ["model_name_or_path", "dataset_name", "output_dir"])
+def test_what_a_run_cannot_do_without_is_asked_for(missing):
+    position = COMPLETE.index(f"--{missing}")
+    with pytest.raises(ConfigError, match=f"{missing} is None"):
+        parse(KINDS, COMPLETE[:position] + COMPLETE[position + 2 :], "test")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not valid YAML"), ("- a\n- b\n", "must hold `key: value` lines"), ("just text", "must hold")],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(KINDS, write(tmp_path, text), "test")
+
+
+def test_a_missing_config_file_is_named():
+    with pytest.raises(ConfigError, match=r"no-such\.yaml.*there is no such file"):
+        parse(KINDS, ["--config", "no-such.yaml"], "test")
+    with pytest.raises(ConfigError, match="--config is without a file"):
+        parse(KINDS, ["--config"], "test")

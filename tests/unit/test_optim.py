@@ -1,0 +1,76 @@
+import copy
+
+import torch
+from torch import nn
+
+from prx_post.engine.optim import MuonWithAdamW, build_optimizer, build_schedule
+from prx_post.stages.sft import SFTConfig
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+        self.final_layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.final_layer(self.blocks[0](x).tanh())
+
+
+def step(network, optimizer):
+    x = torch.arange(12.0).view(3, 4) / 10
+    network(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def config(**kwargs):
+    return SFTConfig(output_dir="unused", learning_rate=0.01, **kwargs)
+
+
+def test_muon_takes_the_blocks_matrices_exactly_as_torchs_own_and_adamw_the_rest():
+    ours, theirs = Network(), Network()
+    optimizer = build_optimizer(list(ours.named_parameters()), config(optim="muon", weight_decay=0.1))
+    assert isinstance(optimizer, MuonWithAdamW)
+    muon = torch.optim.Muon([theirs.blocks[0].weight], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    rest = [theirs.blocks[0].bias, *theirs.final_layer.parameters()]
+    adamw = torch.optim.AdamW(rest, lr=0.01, weight_decay=0.1, betas=(0.9, 0.999))
+    for _ in range(3):
+        step(ours, optimizer)
+        x = torch.arange(12.0).view(3, 4) / 10
+        theirs(x).square().mean().backward()
+        for other in (muon, adamw):
+            other.step()
+            other.zero_grad()
+    assert torch.equal(ours.blocks[0].weight, theirs.blocks[0].weight)
+    # fused against plain AdamW: the same update, other rounding
+    assert torch.allclose(ours.final_layer.weight, theirs.final_layer.weight, atol=1e-7)
+
+
+def test_a_schedule_reaches_both_optimizers():
+    optimizer = build_optimizer(list(Network().named_parameters()), config(optim="muon"))
+    schedule = build_schedule(optimizer, config(lr_scheduler_type="linear", warmup_steps=0, max_steps=4))
+    optimizer.step()
+    schedule.step()
+    assert [g["lr"] for g in optimizer.muon.param_groups] == [0.0075]
+    assert [g["lr"] for g in optimizer.adamw.param_groups] == [0.0075]
+
+
+def test_optimizer_state_round_trip_continues_identically():
+    first, second = Network(), Network()
+    optimizers = [build_optimizer(list(n.named_parameters()), config(optim="muon")) for n in (first, second)]
+    step(first, optimizers[0])
+    second.load_state_dict(first.state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    step(first, optimizers[0])
+    step(second, optimizers[1])
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_frozen_parameters_are_left_out():
+    network = Network()
+    network.blocks.requires_grad_(False)
+    optimizer = build_optimizer(list(network.named_parameters()), config())
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == 2

@@ -1,0 +1,100 @@
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from prx_post.config import DataConfig
+from prx_post.data.readers import BadRow, DataError, decode, image_size, read_rows, report_bad_rows
+
+
+def png(size=(8, 6)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (9, 9, 9)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def folder_of(tmp_path, rows):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    with (folder / "metadata.jsonl").open("w") as file:
+        for name, prompt in rows:
+            (folder / name).write_bytes(png())
+            file.write(json.dumps({"file_name": name, "prompt": prompt}) + "\n")
+    return folder
+
+
+def test_an_image_folder_gives_bytes_and_prompts(tmp_path):
+    rows = read_rows(DataConfig(dataset_name=str(folder_of(tmp_path, [("a.png", "one"), ("b.png", "two")]))))
+    assert rows.prompts == ["one", "two"]
+    assert rows.image_bytes(1) == png()
+    assert image_size(rows.image_bytes(0)) == (6, 8)  # height, width
+    assert rows.name(0).endswith("a.png")
+
+
+def test_parquet_gives_the_same_from_a_file_and_from_its_folder(tmp_path):
+    from prx_post.tiny.datasets import CaptionedPicture, write_parquet
+
+    path = tmp_path / "parquet" / "part.parquet"
+    write_parquet(iter([CaptionedPicture(Image.new("RGB", (8, 6)), 1, "one")]), path)
+    for name in (path, path.parent):
+        rows = read_rows(DataConfig(dataset_name=str(name)))
+        assert rows.prompts == ["one"]
+        assert decode(rows.image_bytes(0)).size == (8, 6)
+
+
+def test_a_missing_column_is_named_with_those_there_are(tmp_path):
+    folder = folder_of(tmp_path, [("a.png", "one")])
+    with pytest.raises(DataError, match=r"prompt_column is 'caption', but .* has only the columns image, prompt"):
+        read_rows(DataConfig(dataset_name=str(folder), prompt_column="caption"))
+
+
+def test_a_column_that_holds_no_pictures_is_refused(tmp_path):
+    path = tmp_path / "numbers.parquet"
+    pq.write_table(pa.table({"image": [1, 2], "prompt": ["one", "two"]}), path)
+    with pytest.raises(DataError, match="image_column is 'image', which does not hold pictures"):
+        read_rows(DataConfig(dataset_name=str(path)))
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "/no/such", "a/b/c"])
+def test_a_missing_folder_is_named(name):
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        read_rows(DataConfig(dataset_name=name))
+
+
+def test_a_file_that_is_no_parquet_and_an_empty_folder_are_refused(tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    with pytest.raises(DataError, match=r"must be a folder, a \.parquet file or a Hub id"):
+        read_rows(DataConfig(dataset_name=str(text)))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match="could not be read"):
+        read_rows(DataConfig(dataset_name=str(empty)))
+
+
+def test_an_empty_parquet_is_refused(tmp_path):
+    picture = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    schema = pa.schema({"image": picture, "prompt": pa.string()})
+    pq.write_table(pa.table({"image": [], "prompt": []}, schema=schema), tmp_path / "none.parquet")
+    with pytest.raises(DataError, match="no rows"):
+        read_rows(DataConfig(dataset_name=str(tmp_path / "none.parquet")))
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", png()[:40]])
+def test_bytes_that_are_no_whole_picture_raise_oserror(data):
+    with pytest.raises(OSError):  # noqa: PT011
+        decode(data)
+
+
+def test_bad_rows_are_written_down_and_stop_the_run_only_above_their_allowed_share(tmp_path):
+    path = tmp_path / "bad_rows.jsonl"
+    bad = [BadRow(3, "c.png", "not a readable picture")]
+    report_bad_rows(bad, total=100, max_bad_fraction=0.01, path=path)
+    assert json.loads(path.read_text()) == {"row": 3, "name": "c.png", "reason": "not a readable picture"}
+    with pytest.raises(DataError, match=r"1 of 99 rows .* max_bad_fraction is 0\.01.* c\.png: not a readable"):
+        report_bad_rows(bad, total=99, max_bad_fraction=0.01, path=path)
+    with pytest.raises(DataError, match="1 of 1 rows"):
+        report_bad_rows(bad, total=1, max_bad_fraction=1.0, path=path)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from prx_post import sampling
+
+
+def test_guidance_extrapolates_from_unconditional_through_conditional():
+    uncond, cond = torch.tensor([1.0]), torch.tensor([2.0])
+    assert sampling.guided_velocity(uncond, cond, 5.0).item() == 6.0  # 1 + 5·(2 - 1)
+    assert sampling.guided_velocity(uncond, cond, 1.0).item() == 2.0
+
+
+def test_euler_step_moves_by_velocity_times_the_change_in_sigma():
+    x = sampling.euler_step(torch.tensor([[[[1.0]]]]), torch.tensor([[[[2.0]]]]), 0.75, 0.25)
+    assert x.item() == 0.0  # 1 + (0.25 - 0.75)·2
+
+
+def test_a_constant_velocity_is_integrated_exactly_whatever_the_grid():
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x0 = torch.zeros_like(noise)
+    for sigmas in (torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.9, 0.3, 0.1, 0.0])):
+        result = sampling.euler_sample(lambda x, t: noise - x0, noise, sigmas)
+        assert result.abs().max().item() < 1e-6
+
+
+def test_the_velocity_function_is_asked_at_each_sigma_but_the_last():
+    asked = []
+
+    def velocity(x, t):
+        asked.append(t.tolist())
+        return torch.zeros_like(x)
+
+    sampling.euler_sample(velocity, torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 0.5, 0.0]))
+    assert asked == [[1.0, 1.0], [0.5, 0.5]]
+
+
+def test_halving_the_step_halves_the_error_on_a_curved_path():
+    # dx/ds = x has the solution x(0) = x(1)/e; Euler's error is of first order
+    def error(n):
+        result = sampling.euler_sample(lambda x, t: x, torch.ones(1, 1, 1, 1), torch.linspace(1, 0, n + 1))
+        return abs(result.item() - 0.36787944)
+
+    assert error(100) / error(200) == pytest.approx(2.0, rel=0.02)
