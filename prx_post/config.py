@@ -6,6 +6,8 @@ Names are those of TRL and of transformers' TrainingArguments wherever one exist
 
 import dataclasses
 import difflib
+import importlib.util
+import os
 import re
 import types
 import typing
@@ -55,6 +57,11 @@ def require_not_negative(config: object, *names: str) -> None:
         require(
             value >= 0, name, value, "0 or more", "a negative value has no meaning", f"Set {name} to 0 to switch it off"
         )
+
+
+def require_guidance(value: float) -> None:
+    reason, action = "the pipeline refuses less", "Set guidance_scale to 1 to sample without guidance"
+    require(value >= 1, "guidance_scale", value, "1 or more", reason, action)
 
 
 def require_fraction(config: object, *names: str) -> None:
@@ -244,20 +251,17 @@ class TrainConfig:
             *("adam_epsilon", "ema_update_steps", "logging_steps", "num_inference_steps"),
         )
         require_not_negative(self, "weight_decay", "warmup_steps", "max_grad_norm", "sample_steps", "num_threads")
-        require_fraction(self, "ema_decay", "adam_beta1", "adam_beta2")
+        require_not_negative(self, "seed")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            reason, action = "an average that keeps everything never moves", f"Set {name} to 0.9 or 0.99, for instance"
+            require(0 <= value < 1, name, value, "at least 0 and below 1", reason, action)
         require_one_of("optim", self.optim, ("adamw", "muon"))
         require_one_of("emit_dtype", self.emit_dtype, ("float32", "bfloat16"))
         require_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         for tracker in self.report_to:
             require_one_of("report_to", tracker, TRACKERS)
-        require(
-            self.guidance_scale >= 1,
-            "guidance_scale",
-            self.guidance_scale,
-            "1 or more",
-            "the pipeline refuses less, and 1 means no guidance",
-            "Set guidance_scale to 1 to sample without guidance",
-        )
+        require_guidance(self.guidance_scale)
 
 
 def parse(dataclass_types: Sequence[type], args: Sequence[str], prog: str) -> tuple[Any, ...]:
@@ -268,6 +272,7 @@ def parse(dataclass_types: Sequence[type], args: Sequence[str], prog: str) -> tu
             of the wrong type or out of range.
     """
     known = [f.name for kind in dataclass_types for f in dataclasses.fields(kind)]
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     _check_config_file(args, known)
     _check_flags(args, known)
     from trl import TrlParser
@@ -278,7 +283,38 @@ def parse(dataclass_types: Sequence[type], args: Sequence[str], prog: str) -> tu
             raise ConfigError(f"{flag[1]}: {flag[2]}. See --help." if flag else f"{message}. See --help.")
 
     parser = Parser(dataclass_types=list(dataclass_types), prog=prog, allow_abbrev=False)
-    return parser.parse_args_and_config(args=list(args))
+    *parts, unused = parser.parse_args_and_config(args=args, return_remaining_strings=True)
+    if unused:
+        raise ConfigError(f"{unused[0]!r} on the command line belongs to no setting. See --help.")
+    return tuple(parts)
+
+
+def require_empty(output_dir: str | None) -> Path:
+    """The folder as a path; raises PrxPostError if it holds anything but the list of an earlier try's bad rows."""
+    path = Path(str(output_dir)).expanduser()
+    if path.is_file() or (path.exists() and any(p.name != "bad_rows.jsonl" for p in path.iterdir())):
+        raise PrxPostError(
+            f"output_dir is {str(output_dir)!r}, but must be new or empty because nothing is overwritten. "
+            f"Choose another output_dir, or move this one away."
+        )
+    return path
+
+
+def make_folder(path: Path) -> Path:
+    """Create `path`; raises PrxPostError if that is not allowed, before hours of work meant for it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PrxPostError(f"{path} cannot be made: {error.strerror}. Choose another folder.") from error
+    if not os.access(path, os.W_OK):
+        raise PrxPostError(f"{path} cannot be written to. Choose another folder.")
+    return path
+
+
+def require_installed(module: str, what: str, extra: str) -> None:
+    """Raise PrxPostError unless `module`, which `what` needs and the extra `extra` installs, can be imported."""
+    if importlib.util.find_spec(module) is None:
+        raise PrxPostError(f"{what} needs {module}. Install the extra: pip install 'prx-post[{extra}]'.")
 
 
 def _check_config_file(args: Sequence[str], known: Sequence[str]) -> None:
@@ -293,12 +329,14 @@ def _check_config_file(args: Sequence[str], known: Sequence[str]) -> None:
     if not path.is_file():
         raise ConfigError(f"--config is {str(path)!r}, but there is no such file. Check the path.")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config is {str(path)!r}, which is not valid YAML: {reason}. Correct the file.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config is {str(path)!r}, but must hold `key: value` lines. Correct the file.")
+    if not isinstance(values.get("env", {}), dict):
+        raise ConfigError(f"env in {path} must hold `NAME: value` lines. Correct the file.")
     for key in values:
         _check_known(str(key), known, f"in {path}")
 

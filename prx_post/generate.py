@@ -13,10 +13,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prx_post import __version__
-from prx_post.config import PrxPostError, check_types, doc, parse, require, require_one_of, require_positive
+from prx_post.config import (
+    PrxPostError,
+    check_types,
+    doc,
+    make_folder,
+    parse,
+    require,
+    require_empty,
+    require_guidance,
+    require_one_of,
+    require_positive,
+)
 from prx_post.data.encoding import Encoders
 from prx_post.flow import inference_sigmas, seeded_noise
-from prx_post.model.checkpoint import DTYPES, Checkpoint, PipelineFolder, load, open_pipeline
+from prx_post.model.checkpoint import DTYPES, Checkpoint, load, open_pipeline
 from prx_post.model.codec import to_images
 from prx_post.model.denoiser import guided
 from prx_post.model.text import PromptCleaner, pad_embeddings
@@ -30,8 +41,9 @@ Embed = Callable[[str], Tensor]
 class Sampler:
     """Draws pictures from a transformer, many at a time, with and without guidance.
 
-    The noise of a picture is that of `torch.Generator().manual_seed(seed)`, so one picture equals what PRXPipeline
-    makes with that generator. (PRXPipeline itself fails on guided batches.)
+    The noise of a picture is that of `torch.Generator().manual_seed(seed)`, so in float32 one picture equals what
+    PRXPipeline makes with that generator. (PRXPipeline itself fails on guided batches.) Whatever the transformer's
+    precision, the trajectory is kept in float32.
     """
 
     transformer: Any
@@ -42,20 +54,23 @@ class Sampler:
     device: torch.device
     pad_length: int
     """Tokens that prompts are padded to; the tokenizer's model_max_length, as in the pipeline."""
+    autocast: bool = False
+    """bfloat16 autocast, for a transformer whose weights are float32 while it is trained so."""
 
     @torch.no_grad()
     def latents(self, embeddings: Sequence[Tensor], null: Tensor, seeds: Sequence[int]) -> Tensor:
         """One picture for each embedding and seed. Returns latents [B, C, H/f, W/f] fp32."""
-        cond = self._pad(embeddings)
-        uncond = self._pad([null] * len(embeddings)) if self.guidance_scale > 1 else None
-        noise = seeded_noise(seeds, self.latent_shape).to(self.device)
-        velocity = guided(self.transformer, cond, uncond, self.guidance_scale)
-        return euler_sample(velocity, noise, inference_sigmas(self.scheduler, self.num_inference_steps))
-
-    def _pad(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         dtype = next(self.transformer.parameters()).dtype
-        embeds, mask = pad_embeddings([e.to(self.device, dtype) for e in embeddings], self.pad_length)
-        return embeds, mask
+
+        def pad(embeds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            return pad_embeddings([e.to(self.device, dtype) for e in embeds], self.pad_length)
+
+        uncond = pad([null] * len(embeddings)) if self.guidance_scale > 1 else None
+        velocity = guided(self.transformer, pad(embeddings), uncond, self.guidance_scale)
+        noise = seeded_noise(seeds, self.latent_shape).to(self.device)
+        sigmas = inference_sigmas(self.scheduler, self.num_inference_steps)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return euler_sample(lambda x_t, t: velocity(x_t.to(dtype), t), noise, sigmas)
 
 
 def generate_images(
@@ -78,64 +93,85 @@ def generate_images(
 
 
 @dataclass
-class GenerateConfig:
+class DrawConfig:
+    """How pictures are drawn, and where they go; `generate` and `eval` extend it."""
+
+    num_inference_steps: int = doc("Sampler steps.", 28)
+    guidance_scale: float = doc("Classifier-free guidance; 1 switches it off.", 5.0)
+    seeds: list[int] = doc("Noise seeds; every prompt is drawn once with each.", [0])
+    height: int | None = doc("Height, pixels; null: the checkpoint's default_sample_size.", None)
+    width: int | None = doc("Width, pixels; null: the checkpoint's default_sample_size.", None)
+    batch_size: int = doc("Pictures at a time.", 8)
+    skip_text_cleaning: bool = doc("Only light prompt cleaning; as in training.", False)
+    dtype: str = doc("Precision of the transformer and text encoder: `float32` or `bfloat16`.", "float32")
+    output_dir: str | None = doc("Folder for what is made; must be new or empty.", None)
+    num_threads: int = doc("CPU threads torch may use; 0 leaves torch's own choice.", 0)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("output_dir", "seeds"):
+            value = getattr(self, name)
+            require(bool(value), name, value, "set", "the command needs it", f"Set {name}")
+        require_positive(self, "num_inference_steps", "batch_size")
+        require_one_of("dtype", self.dtype, tuple(DTYPES))
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        require_guidance(self.guidance_scale)
+
+
+@dataclass
+class GenerateConfig(DrawConfig):
     """Pictures from prompts."""
 
     model_name_or_path: str | None = doc("Folder or Hub id of a PRX pipeline; `tiny` is the embedded base.", None)
     model_revision: str | None = doc("Hub revision of the checkpoint.", None)
     prompts: list[str] = doc("Prompts.", [])
     prompts_file: str | None = doc("A text file with a prompt a line, or JSON lines with a `prompt` each.", None)
-    seeds: list[int] = doc("Noise seeds; every prompt is drawn once with each.", [0])
-    num_inference_steps: int = doc("Sampler steps.", 28)
-    guidance_scale: float = doc("Classifier-free guidance; 1 switches it off.", 5.0)
-    height: int | None = doc("Height, pixels; null: the checkpoint's default_sample_size.", None)
-    width: int | None = doc("Width, pixels; null: the checkpoint's default_sample_size.", None)
-    batch_size: int = doc("Pictures at a time.", 8)
-    skip_text_cleaning: bool = doc("Only light prompt cleaning; as in training.", False)
-    dtype: str = doc("Precision of the transformer and text encoder: `float32` or `bfloat16`.", "float32")
-    output_dir: str | None = doc("Folder for the PNGs; must be new or empty.", None)
-    num_threads: int = doc("CPU threads torch may use; 0 leaves torch's own choice.", 0)
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("model_name_or_path", "output_dir"):
-            value = getattr(self, name)
-            require(bool(value), name, value, "set", "the command needs it", f"Set {name}")
-        require_positive(self, "num_inference_steps", "batch_size")
-        require_one_of("dtype", self.dtype, tuple(DTYPES))
-        require(
-            self.guidance_scale >= 1,
-            *("guidance_scale", self.guidance_scale, "1 or more", "less is not defined", "Set 1 for no guidance"),
-        )
-        require(bool(self.seeds), "seeds", self.seeds, "a list of at least one", "a seed makes a picture", "Set seeds")
+        super().__post_init__()
+        value = self.model_name_or_path
+        require(bool(value), "model_name_or_path", value, "set", "it makes the pictures", "Set model_name_or_path")
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
     """Prompts of the command line and of the file. Raises PrxPostError if there are none or the file is missing."""
     prompts = list(config.prompts)
     if config.prompts_file is not None:
-        path = Path(config.prompts_file).expanduser()
-        if not path.is_file():
-            raise PrxPostError(f"prompts_file is {config.prompts_file!r}, but there is no such file. Check the path.")
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-        prompts += [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+        path = existing_file("prompts_file", config.prompts_file)
+        if path.suffix == ".jsonl":
+            prompts += [row["prompt"] for row in read_prompt_rows(path)]
+        else:
+            prompts += [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not prompts:
         raise PrxPostError("prompts is empty, but must hold at least one. Give --prompts or --prompts_file.")
     return prompts
 
 
-def resolve_size(pipeline: PipelineFolder, height: int | None, width: int | None) -> tuple[int, int]:
-    """The size to generate at, checked against the model."""
-    default = pipeline.default_sample_size or 512
-    size = (height or default, width or default)
-    pipeline.check_size(*size)
-    return size
+def existing_file(name: str, value: str) -> Path:
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise PrxPostError(f"{name} is {value!r}, but there is no such file. Check the path.")
+    return path
 
 
-def warn_lost_prompts(cleaner: PromptCleaner, prompts: Sequence[str]) -> None:
-    for prompt in dict.fromkeys(prompts):
-        if cleaner.is_lost(prompt):
-            tqdm.write(f"warning: prompt cleaning leaves nothing of {prompt!r}; set skip_text_cleaning to keep it.")
+def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
+    """JSON lines, each an object with a `prompt`. Raises PrxPostError naming the first line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise PrxPostError(
+                f'{path}, line {number} is no prompt, but must be JSON such as {{"prompt": "a red cube"}}. Correct it.'
+            )
+        rows.append(row)
+    return rows
 
 
 def default_device() -> torch.device:
@@ -162,22 +198,22 @@ def run(args: Sequence[str]) -> None:
     (config,) = parse([GenerateConfig], args, "prx-post generate")
     prompts = read_prompts(config)
     pipeline = open_pipeline(config.model_name_or_path, config.model_revision)
-    size = resolve_size(pipeline, config.height, config.width)
+    size = pipeline.resolve_size(config.height, config.width)
     output_dir = require_empty(config.output_dir)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device, dtype = default_device(), DTYPES[config.dtype]
     cleaner = PromptCleaner(config.skip_text_cleaning)
-    warn_lost_prompts(cleaner, prompts)
+    cleaner.warn_of_lost(prompts)
+    make_folder(output_dir)
     encoders = Encoders(pipeline, cleaner, device, dtype)
-    checkpoint = load(str(pipeline.path), dtype)
+    checkpoint = load(pipeline, dtype)
     sampler = build_sampler(checkpoint, size, config.num_inference_steps, config.guidance_scale, device)
 
     jobs = [(prompt, seed) for prompt in prompts for seed in config.seeds]
     pictures = generate_images(
         sampler, encoders.prompts, encoders.codec.decode, [p for p, _ in jobs], [s for _, s in jobs], config.batch_size
     )
-    output_dir.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(tqdm(pictures, total=len(jobs), desc="generating", unit="image")):
         prompt, seed = jobs[i]
         settings = {
@@ -202,14 +238,3 @@ def png_info(settings: dict[str, Any]) -> PngInfo:
     for name, value in settings.items():
         info.add_itxt(name, str(value))
     return info
-
-
-def require_empty(output_dir: str | None) -> Path:
-    """The folder as a path; raises PrxPostError if it holds anything but the list of an earlier run's bad rows."""
-    path = Path(str(output_dir)).expanduser()
-    if path.is_file() or (path.exists() and any(p.name != "bad_rows.jsonl" for p in path.iterdir())):
-        raise PrxPostError(
-            f"output_dir is {str(output_dir)!r}, but must be new or empty because nothing is overwritten. "
-            f"Choose another output_dir, or move this one away."
-        )
-    return path

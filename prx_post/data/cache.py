@@ -16,11 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from prx_post.config import PrxPostError
+from prx_post.config import PrxPostError, make_folder
 
 SHARD_BYTES = 256 * 2**20
 
@@ -30,11 +31,14 @@ class TensorCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._shard_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         for shard in sorted(folder.glob("*.safetensors")):
-            self._index(shard)
+            try:
+                self._index(shard)
+            except SafetensorError as error:
+                tqdm.write(f"warning: {shard} is damaged ({error}) and left unused; what it held is encoded again.")
 
     def _index(self, shard: Path) -> None:
         with safe_open(shard, framework="pt") as file:
@@ -53,22 +57,30 @@ class TensorCache:
         return {**self.__dict__, "_open": {}}  # a worker process opens its own files
 
     def write(self, items: Iterable[tuple[str, Tensor]]) -> None:
-        """Add tensors as they come, a shard for every 256 MiB. What a broken-off call wrote before stays usable."""
+        """Add tensors as they come, a shard for every 256 MiB. What a broken-off call had computed is kept."""
         pending: dict[str, Tensor] = {}
         size = 0
-        for key, tensor in items:
-            pending[key] = tensor.detach().cpu().contiguous()
-            size += tensor.nbytes
-            if size >= SHARD_BYTES:
+        try:
+            for key, tensor in items:
+                pending[key] = tensor.detach().cpu().contiguous()
+                size += tensor.nbytes
+                if size >= SHARD_BYTES:
+                    full, pending, size = pending, {}, 0
+                    self._write_shard(full)
+        finally:
+            if pending:
                 self._write_shard(pending)
-                pending, size = {}, 0
-        if pending:
-            self._write_shard(pending)
 
     def _write_shard(self, tensors: dict[str, Tensor]) -> None:
         name = uuid.uuid4().hex
         partial = self.folder / f".{name}.partial"
-        save_file(tensors, partial)
+        try:
+            save_file(tensors, partial)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise PrxPostError(
+                f"{self.folder} cannot be written: {error}. Free some space, or set cache_dir."
+            ) from error
         shard = partial.rename(self.folder / f"{name}.safetensors")
         self._index(shard)
 
@@ -95,8 +107,8 @@ def fingerprint(cache_dir: Path, *folders: Path) -> str:
     Hashing gigabytes takes seconds, so each file's digest is remembered by path, size and modification time.
     """
     memo_path = cache_dir / "fingerprints.json"
-    memo = json.loads(memo_path.read_text()) if memo_path.is_file() else {}
-    digests = []
+    memo = _read_memo(memo_path)
+    known, digests = len(memo), []
     for folder in folders:
         for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model")):
             stat = path.resolve().stat()
@@ -105,8 +117,17 @@ def fingerprint(cache_dir: Path, *folders: Path) -> str:
                 with path.open("rb") as file:
                     memo[memo_key] = hashlib.file_digest(file, "sha256").hexdigest()
             digests.append(f"{folder.name}/{path.name}:{memo[memo_key]}")
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    partial = memo_path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(memo, indent=0))
-    partial.rename(memo_path)
+    if len(memo) > known:
+        make_folder(cache_dir)
+        partial = memo_path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(memo, indent=0))
+        partial.rename(memo_path)
     return content_key("\n".join(digests))[:16]
+
+
+def _read_memo(path: Path) -> dict[str, str]:
+    """The remembered digests; a damaged file only costs the time to hash again."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from prx_post.config import DataConfig
 from prx_post.data.buckets import Buckets, Size
 from prx_post.data.cache import TensorCache, check_free_space, content_key, fingerprint
-from prx_post.data.readers import BadRow, PictureRows, decode, image_size, report_bad_rows
+from prx_post.data.readers import PREPROCESSING, BadRow, PictureRows, decode, image_size, report_bad_rows
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.codec import LatentCodec, to_pixels
 from prx_post.model.text import PromptCleaner, PromptEncoder, tokenize
@@ -28,18 +28,21 @@ class Sample:
     prompt_key: str
 
 
+EMPTY_CAPTION = "the caption is empty"
+LOST_CAPTION = "prompt cleaning leaves nothing of the caption; set skip_text_cleaning: true to keep it"
+
+
 def scan(
     rows: PictureRows, buckets: Buckets, cleaner: PromptCleaner, decode_all: bool
 ) -> tuple[list[Sample], list[BadRow]]:
     """Sort rows into usable samples and bad rows, from captions and picture headers (or whole pictures)."""
     samples, bad = [], []
     for row in tqdm(range(len(rows)), desc="scanning", unit="row", leave=False):
-        prompt = rows.prompts[row]
+        prompt = rows.prompts[row] or ""
+        if not cleaner(prompt):
+            bad.append(BadRow(row, rows.name(row), LOST_CAPTION if prompt.strip() else EMPTY_CAPTION))
+            continue
         try:
-            if not prompt or not prompt.strip():
-                raise OSError("the caption is empty")
-            if cleaner.is_lost(prompt):
-                raise OSError("prompt cleaning leaves nothing of the caption; set skip_text_cleaning: true to keep it")
             data = rows.image_bytes(row)
             size = buckets(*image_size(data))
             if decode_all:
@@ -53,7 +56,7 @@ def scan(
 
 
 class Encoders:
-    """The VAE and the text encoder of a pipeline, each loaded at its first use and counted in `loaded`."""
+    """The VAE and the text encoder of a pipeline, each loaded at its first use."""
 
     def __init__(self, pipeline: PipelineFolder, cleaner: PromptCleaner, device: torch.device, text_dtype: torch.dtype):
         self.pipeline, self.cleaner, self.device, self.text_dtype = pipeline, cleaner, device, text_dtype
@@ -74,13 +77,10 @@ class Encoders:
             self._prompts = PromptEncoder(self.pipeline.load_tokenizer(), text_encoder, self.cleaner)
         return self._prompts
 
-    @property
-    def loaded(self) -> list[str]:
-        return [name for name, part in (("vae", self._codec), ("text_encoder", self._prompts)) if part is not None]
-
     def latents(self, data: bytes, size: Size) -> Tensor:
         """Latents of one encoded picture, [C, H/f, W/f] fp32. Raises OSError if it cannot be decoded."""
-        return self.codec.encode(to_pixels(decode(data), *size)[None])[0]
+        pixels = to_pixels(decode(data), *size)  # first, so that a broken picture does not load the VAE
+        return self.codec.encode(pixels[None])[0]
 
     def free(self) -> None:
         """Let go of both, and of their memory."""
@@ -101,7 +101,10 @@ class EncodedCache:
         vae = fingerprint(cache_dir, pipeline.path / "vae")
         text = fingerprint(cache_dir, pipeline.path / "tokenizer", pipeline.path / "text_encoder")
         dtype = str(text_dtype).removeprefix("torch.")
-        return cls(TensorCache(cache_dir / "latents" / vae), TensorCache(cache_dir / "embeddings" / f"{text}-{dtype}"))
+        return cls(
+            TensorCache(cache_dir / "latents" / f"{vae}-v{PREPROCESSING}"),
+            TensorCache(cache_dir / "embeddings" / f"{text}-{dtype}"),
+        )
 
 
 def fill_cache(
@@ -168,5 +171,6 @@ def prepare(
         return samples, None
     cache = EncodedCache.open(Path(config.cache_dir).expanduser(), encoders.pipeline, encoders.text_dtype)
     undecodable = fill_cache(cache, samples, rows, ["", *extra_prompts], encoders)
-    report_bad_rows([*bad, *undecodable], len(rows), config.max_bad_fraction, bad_rows_path)
+    if undecodable:
+        report_bad_rows([*bad, *undecodable], len(rows), config.max_bad_fraction, bad_rows_path)
     return [s for s in samples if s.image_key in cache.latents], cache

@@ -2,11 +2,17 @@
 
 import io
 import json
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from prx_post.config import DataConfig, PrxPostError
 
@@ -68,6 +74,12 @@ def read_rows(config: DataConfig) -> PictureRows:
             )
     if len(dataset) == 0:
         raise _no_rows(config.dataset_name)
+    dataset = dataset.select_columns([config.image_column, config.prompt_column])  # so that no other picture is decoded
+    if dataset.features[config.prompt_column].dtype not in ("string", "large_string"):
+        raise DataError(
+            f"prompt_column is {config.prompt_column!r}, which holds {dataset.features[config.prompt_column].dtype}, "
+            f"but must hold text. Choose another column."
+        )
     try:
         dataset = dataset.cast_column(config.image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:  # of datasets and of pyarrow
@@ -92,7 +104,9 @@ def _load(config: DataConfig) -> Any:
         if parquet:
             if not any(pq.read_metadata(file).num_rows for file in parquet):  # datasets fails obscurely on these
                 raise _no_rows(name)
-            return datasets.load_dataset("parquet", data_files=[str(file) for file in parquet], split="train")
+            if path.is_file():
+                return datasets.load_dataset("parquet", data_files=str(path), split="train")
+            return datasets.load_dataset("parquet", data_dir=str(path), split=config.dataset_split)
         if path.is_dir():
             return datasets.load_dataset("imagefolder", data_dir=str(path), split=config.dataset_split)
         if path.exists():
@@ -105,31 +119,50 @@ def _load(config: DataConfig) -> Any:
         raise DataError(f"dataset_name is {name!r}, which could not be read: {reason}") from error
 
 
+PREPROCESSING = 1
+"""Version of `decode` and of the resizing after it; part of the cache's name, so that a change is not mixed in."""
+
+BROKEN = (SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+"""What Pillow raises for some broken files, besides OSError."""
+
+ORIENTATION_TAG, ROTATED = 0x0112, (5, 6, 7, 8)
+
+
 def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) from the header. Raises OSError if these bytes are no picture."""
-    with _open(data) as image:
+    """(height, width) as a viewer shows it, from the header. Raises OSError if these bytes are no picture."""
+    with _readable(), Image.open(io.BytesIO(data)) as image:
+        if image.getexif().get(ORIENTATION_TAG) in ROTATED:
+            return image.width, image.height
         return image.height, image.width
 
 
 def decode(data: bytes) -> Image.Image:
-    """The whole picture, RGB. Raises OSError if it is truncated or no picture."""
-    with _open(data) as image:
-        try:
-            return image.convert("RGB")
-        except (SyntaxError, ValueError) as error:  # Pillow reports some broken files so
-            raise OSError(str(error)) from error
+    """The whole picture as a viewer shows it: turned as its EXIF says, transparent parts white, 16 bits scaled to 8.
+
+    Returns an RGB picture. Raises OSError if it is truncated or no picture.
+    """
+    with _readable(), Image.open(io.BytesIO(data)) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
-def _open(data: bytes) -> Image.Image:
+@contextmanager
+def _readable() -> Iterator[None]:
     try:
-        return Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise OSError(f"not a readable picture ({type(error).__name__})") from error
+        yield
+    except BROKEN as error:
+        raise OSError(f"not a readable picture ({type(error).__name__}: {error})") from error
 
 
 def report_bad_rows(bad: list[BadRow], total: int, max_bad_fraction: float, path: Path) -> None:
-    """Write the rows left out to `path`, and raise DataError if they are too many or nothing is left."""
+    """Write the rows left out to `path` and say so; raise DataError if they are too many or nothing is left."""
     if not bad:
+        path.unlink(missing_ok=True)  # an earlier try's
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(vars(b), ensure_ascii=False) + "\n" for b in bad))
@@ -139,3 +172,4 @@ def report_bad_rows(bad: list[BadRow], total: int, max_bad_fraction: float, path
             f"{len(bad)} of {total} rows cannot be used, but max_bad_fraction is {max_bad_fraction}. "
             f"The first is {first.name}: {first.reason}. All are listed in {path}."
         )
+    tqdm.write(f"{len(bad)} of {total} rows left out, listed in {path}")

@@ -117,6 +117,7 @@ class BatchSource:
         self.step = 0
 
     def state_dict(self) -> dict[str, int]:
+        """Steps whose batches are all out."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -137,9 +138,9 @@ class BatchSource:
         loader = DataLoader(_Items(self), batch_sampler=_Once(self._micro_batches()), collate_fn=list)
         accumulation = self.plan.global_batch_size // (self.micro_batch_size * self.world_size)
         for count, items in enumerate(loader, start=1):
-            yield self._collate(items)
             if count % accumulation == 0:
-                self.step += 1
+                self.step += 1  # before the step's last batch is out: whoever has it may save the state
+            yield self._collate(items)
 
     def _collate(self, items: list[dict[str, Any]]) -> Batch:
         if self.cache is None:

@@ -20,7 +20,7 @@ class MuonWithAdamW(Optimizer):
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
         self.muon, self.adamw = muon, adamw
         groups = muon.param_groups + adamw.param_groups
-        super().__init__([{**group} for group in groups], {})
+        super().__init__([{**group} for group in groups], {"lr": groups[0]["lr"]})
         self.param_groups = groups
 
     @torch.no_grad()

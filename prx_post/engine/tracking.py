@@ -2,12 +2,17 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+from accelerate.tracking import get_available_trackers
 from PIL import Image
 from tqdm import tqdm
+
+from prx_post.config import PrxPostError
 
 
 def _to_tensorboard(tracker: Any, name: str, image: Image.Image, step: int) -> None:
@@ -22,8 +27,23 @@ LOG_PICTURE = {"tensorboard": _to_tensorboard, "wandb": _to_wandb}
 """How each tracker that takes pictures takes them."""
 
 
+NAMED_RUNS = ("wandb", "trackio")
+"""Trackers that take the run's name apart from the project's."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise PrxPostError for a tracker that is not installed; accelerate would leave it out without a word."""
+    installed = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            raise PrxPostError(
+                f"report_to is {name!r}, which is not installed here. pip install {name}, or choose from "
+                f"{', '.join(installed) or 'none'}."
+            )
+
+
 class RunLog:
-    """metrics.jsonl (one line a logged step), the trackers of `report_to`, and the progress bar."""
+    """config.yaml, metrics.jsonl (one line a logged step), the trackers of `report_to`, and the progress bar."""
 
     def __init__(
         self, accelerator: Any, output_dir: Path, run_name: str, config: dict[str, Any], max_steps: int
@@ -32,8 +52,12 @@ class RunLog:
         self.is_main = accelerator.is_main_process
         self.path = output_dir / "metrics.jsonl"
         self.bar = tqdm(total=max_steps, desc=run_name, unit="step", disable=not self.is_main)
+        if self.is_main:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         flat = {k: v if isinstance(v, int | float | str | bool) else json.dumps(v) for k, v in config.items()}
-        accelerator.init_trackers(run_name, config=flat)
+        named = {name: {"name": run_name} for name in NAMED_RUNS}
+        accelerator.init_trackers("prx-post", config=flat, init_kwargs=named)
 
     def advance(self) -> None:
         self.bar.update(1)

@@ -64,9 +64,9 @@ class Trainer:
         """
         config = self.config
         last: dict[str, float] = {}
+        self._window.start()
         self._sample_if(0)
         self.objective.train()
-        self._window.start()
         batches = iter(self.source)
         for step in range(1, config.max_steps + 1):
             self._train_step(batches)
@@ -74,9 +74,7 @@ class Trainer:
             self.log.advance()
             if step % config.logging_steps == 0 or step == config.max_steps:
                 last = self._write_metrics(step)
-            if self._sample_if(step):
-                self.objective.train()
-                self._window.start()
+            self._sample_if(step)
         return last
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
@@ -94,12 +92,11 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             window.add(loss, metrics, images=len(batch["seeds"]))
+        window.learning_rate = self.schedule.get_last_lr()[0]
         self.schedule.step()
 
     def _write_metrics(self, step: int) -> dict[str, float]:
-        world = self.accelerator.num_processes
-        metrics = self._window.close(self.accelerator, world)
-        metrics["learning_rate"] = self.schedule.get_last_lr()[0]
+        metrics = self._window.close(self.accelerator)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
                 raise PrxPostError(
@@ -111,16 +108,18 @@ class Trainer:
         self._window.start()
         return metrics
 
-    def _sample_if(self, step: int) -> bool:
+    def _sample_if(self, step: int) -> None:
         every = self.config.sample_steps
         if not every or (step % every and step != self.config.max_steps):
-            return False
+            return
+        began = time.perf_counter()
         if self.accelerator.is_main_process:
             self.objective.eval()
             with self.ema.swapped_in():
                 self._sample(step)
+            self.objective.train()
         self.accelerator.wait_for_everyone()
-        return True
+        self._window.excluded_s += time.perf_counter() - began
 
 
 class _Window:
@@ -129,7 +128,7 @@ class _Window:
     def start(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._count = self._images = 0
-        self.waited_s = 0.0
+        self.waited_s = self.excluded_s = self.learning_rate = 0.0
         self.grad_norm: Any = None
         self._began = time.perf_counter()
 
@@ -139,13 +138,15 @@ class _Window:
         for name, value in {"loss": loss.detach(), **metrics}.items():
             self._sums[name] = self._sums.get(name, 0) + value
 
-    def close(self, accelerator: Accelerator, world_size: int) -> dict[str, float]:
+    def close(self, accelerator: Accelerator) -> dict[str, float]:
         means = {name: float(accelerator.reduce(total / self._count, "mean")) for name, total in self._sums.items()}
-        elapsed = time.perf_counter() - self._began  # after the sums were read, so that a GPU has caught up
+        # after the sums were read, so that a GPU has caught up
+        elapsed = time.perf_counter() - self._began - self.excluded_s
         return {
             **means,
             "grad_norm": float(self.grad_norm),
-            "images_per_second": self._images * world_size / elapsed,
+            "learning_rate": self.learning_rate,
+            "images_per_second": self._images * accelerator.num_processes / elapsed,
             "data_wait_fraction": self.waited_s / elapsed,
         }
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,18 +16,28 @@ from PIL import Image
 from tqdm import tqdm
 
 from prx_post import __version__
-from prx_post.config import PrxPostError, check_types, doc, parse, require, require_one_of, require_positive
+from prx_post.config import (
+    PrxPostError,
+    doc,
+    make_folder,
+    parse,
+    require,
+    require_empty,
+    require_one_of,
+    require_positive,
+)
 from prx_post.data.encoding import Encoders
+from prx_post.data.readers import decode
 from prx_post.evaluation.metrics import Estimate, frechet_estimate, mean_estimate, paired_difference
 from prx_post.evaluation.report import write_report
 from prx_post.generate import (
+    DrawConfig,
     build_sampler,
     default_device,
+    existing_file,
     generate_images,
     png_info,
-    require_empty,
-    resolve_size,
-    warn_lost_prompts,
+    read_prompt_rows,
 )
 from prx_post.model.checkpoint import DTYPES, PipelineFolder, load, open_pipeline
 from prx_post.model.text import PromptCleaner
@@ -37,47 +48,38 @@ SEED_STRIDE = 100_000
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(DrawConfig):
     """Checkpoints, prompts and scorers. The first checkpoint is what the others are compared with."""
 
     checkpoints: list[str] = doc("`name=folder or Hub id`, one or more; the first is the baseline.", [])
     prompts_file: str | None = doc("JSON lines, each with `prompt` and, optionally, `group`.", None)
     num_prompts: int | None = doc("Use this many prompts, spread evenly over the file; null: all.", None)
-    seeds: list[int] = doc("Every prompt is drawn once with each.", [0])
     rewards: list[str] = doc("Scorers by name.", ["ocr_exact", "ocr_graded", "judge_exact", "judge_graded"])
     reference_dir: str | None = doc("Real pictures for FID on the embedded judge's features; null: no FID.", None)
-    num_inference_steps: int = doc("Sampler steps.", 28)
-    guidance_scale: float = doc("Classifier-free guidance; 1 switches it off.", 5.0)
-    height: int | None = doc("Height, pixels; null: the checkpoint's default_sample_size.", None)
-    width: int | None = doc("Width, pixels; null: the checkpoint's default_sample_size.", None)
-    batch_size: int = doc("Pictures at a time.", 64)
-    skip_text_cleaning: bool = doc("Only light prompt cleaning; as in training.", False)
-    dtype: str = doc("Precision of the transformer and text encoder: `float32` or `bfloat16`.", "float32")
-    output_dir: str | None = doc("Folder for pictures, results.json and report.html; must be new or empty.", None)
-    num_threads: int = doc("CPU threads torch may use; 0 leaves torch's own choice.", 0)
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("checkpoints", "prompts_file", "output_dir", "seeds", "rewards"):
+        super().__post_init__()
+        for name in ("checkpoints", "prompts_file", "rewards"):
             value = getattr(self, name)
             require(bool(value), name, value, "set", "an evaluation needs it", f"Set {name}")
-        require_positive(self, "num_inference_steps", "batch_size")
         if self.num_prompts is not None:
             require_positive(self, "num_prompts")
-        require_one_of("dtype", self.dtype, tuple(DTYPES))
         for reward in self.rewards:
             require_one_of("rewards", reward, tuple(base.REGISTRY))
-        require(
-            self.guidance_scale >= 1,
-            *("guidance_scale", self.guidance_scale, "1 or more", "less is not defined", "Set 1 for no guidance"),
-        )
         names = [name for name, _ in self.named_checkpoints()]
         action = "Write them as name=path with different names"
         require(len(set(names)) == len(names), "checkpoints", names, "distinctly named", "names label results", action)
 
     def named_checkpoints(self) -> list[tuple[str, str]]:
-        pairs = [c.split("=", 1) if "=" in c else (Path(c).name, c) for c in self.checkpoints]
-        return [(name, path) for name, path in pairs]
+        """(name, path) of each; without a name, a path's last part, or the one before it if that is `final`."""
+        pairs = []
+        for given in self.checkpoints:
+            if named := re.fullmatch(r"([\w-][\w.-]*)=(.+)", given):
+                pairs.append((named[1], named[2]))
+            else:
+                parts = [part for part in Path(given).parts if part != "final"]
+                pairs.append((parts[-1] if parts else "final", given))
+        return pairs
 
 
 @dataclass
@@ -86,32 +88,36 @@ class Job:
 
     prompt: str
     group: str
+    cluster: str
+    """What pictures that are not independent share: the `target` of the prompt's row, or the prompt."""
     noise_seed: int
 
 
 def read_jobs(config: EvalConfig) -> list[Job]:
     """Prompts × seeds. Raises PrxPostError if the file is missing, empty, or a line is no prompt."""
-    path = Path(str(config.prompts_file)).expanduser()
-    if not path.is_file():
-        raise PrxPostError(f"prompts_file is {config.prompts_file!r}, but there is no such file. Check the path.")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            rows.append({"group": "all", **json.loads(line)})
-            rows[-1]["prompt"].strip()
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-            raise PrxPostError(
-                f'{path}, line {number} is no prompt, but must be JSON such as {{"prompt": "a red cube"}}. Correct it.'
-            ) from error
+    rows = read_prompt_rows(existing_file("prompts_file", str(config.prompts_file)))
     if not rows:
         raise PrxPostError(f"prompts_file is {config.prompts_file!r}, which has no prompts. Choose another file.")
-    count = min(config.num_prompts or len(rows), len(rows))
-    chosen = [rows[round(i)] for i in np.linspace(0, len(rows) - 1, count)]
+    chosen = spread_over_groups(rows, config.num_prompts or len(rows))
     return [
-        Job(row["prompt"], row["group"], seed * SEED_STRIDE + i)
+        Job(row["prompt"], str(row.get("group", "all")), str(row.get("target", row["prompt"])), seed * SEED_STRIDE + i)
         for seed in config.seeds
         for i, row in enumerate(chosen)
     ]
+
+
+def spread_over_groups(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` of the rows: equally many of each `group` (as far as it divides), evenly spread over each."""
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(str(row.get("group", "all")), []).append(i)
+    chosen: list[int] = []
+    left = min(count, len(rows))
+    for position, members in enumerate(sorted(groups.values(), key=len)):
+        share = min(len(members), left // (len(groups) - position))
+        chosen += [members[round(place)] for place in np.linspace(0, len(members) - 1, share)]
+        left -= share
+    return [rows[i] for i in sorted(chosen)]
 
 
 def read_reference(config: EvalConfig) -> list[Image.Image]:
@@ -124,7 +130,12 @@ def read_reference(config: EvalConfig) -> list[Image.Image]:
             f"reference_dir is {config.reference_dir!r}, which has {len(paths)} pictures, but must have two or more "
             f"because FID compares distributions. Check the path, or leave it out."
         )
-    return [Image.open(path).convert("RGB") for path in paths]
+    try:
+        return [decode(path.read_bytes()) for path in paths]
+    except OSError as error:
+        raise PrxPostError(
+            f"reference_dir is {config.reference_dir!r}, where a picture is unreadable: {error}"
+        ) from error
 
 
 def run(args: Sequence[str]) -> None:
@@ -132,13 +143,18 @@ def run(args: Sequence[str]) -> None:
     (config,) = parse([EvalConfig], args, "prx-post eval")
     jobs = read_jobs(config)
     pipelines = {name: open_pipeline(path) for name, path in config.named_checkpoints()}
-    sizes = {name: resolve_size(pipeline, config.height, config.width) for name, pipeline in pipelines.items()}
+    sizes = {name: pipeline.resolve_size(config.height, config.width) for name, pipeline in pipelines.items()}
     output_dir = require_empty(config.output_dir)
     reference = read_reference(config)
+    if reference and len(jobs) < 2:
+        raise PrxPostError("FID needs two or more pictures, but there is 1 prompt and seed. Leave out reference_dir.")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     scorers = {name: base.load(name) for name in config.rewards}
-    warn_lost_prompts(PromptCleaner(config.skip_text_cleaning), [job.prompt for job in jobs])
+    for scorer in scorers.values():
+        scorer.check([job.prompt for job in jobs])
+    PromptCleaner(config.skip_text_cleaning).warn_of_lost(job.prompt for job in jobs)
+    make_folder(output_dir)
 
     pictures, results = {}, {}
     for name, pipeline in pipelines.items():
@@ -150,7 +166,7 @@ def run(args: Sequence[str]) -> None:
         "versions": versions(),
         "num_pictures": len(jobs),
         "checkpoints": {name: summarise(result, jobs) for name, result in results.items()},
-        "differences": differences(results),
+        "differences": differences(results, jobs),
     }
     (output_dir / "results.json").write_text(json.dumps(summary, indent=2, default=vars, ensure_ascii=False) + "\n")
     scores = {name: result["scores"] for name, result in results.items()}
@@ -162,22 +178,28 @@ def run(args: Sequence[str]) -> None:
 def draw(
     name: str, pipeline: PipelineFolder, size: tuple[int, int], jobs: list[Job], config: EvalConfig, folder: Path
 ) -> tuple[list[Image.Image], float]:
-    """Every job's picture by one checkpoint, saved with its settings. Returns pictures and seconds of sampling."""
+    """Every job's picture by one checkpoint, saved with its settings.
+
+    Returns the pictures, and the seconds it took to encode prompts, sample and decode; models are loaded before that,
+    and files written after.
+    """
     device, dtype = default_device(), DTYPES[config.dtype]
     encoders = Encoders(pipeline, PromptCleaner(config.skip_text_cleaning), device, dtype)
-    checkpoint = load(str(pipeline.path), dtype)
+    checkpoint = load(pipeline, dtype)
     sampler = build_sampler(checkpoint, size, config.num_inference_steps, config.guidance_scale, device)
     folder.mkdir(parents=True)
     prompts, seeds = [job.prompt for job in jobs], [job.noise_seed for job in jobs]
-    images: list[Image.Image] = []
+    embed, decode_latents = encoders.prompts, encoders.codec.decode
     began = time.perf_counter()
-    made = generate_images(sampler, encoders.prompts, encoders.codec.decode, prompts, seeds, config.batch_size)
-    for job, image in zip(jobs, tqdm(made, total=len(jobs), desc=f"drawing {name}", unit="image"), strict=True):
-        settings = {"prompt": job.prompt, "seed": job.noise_seed, "checkpoint": pipeline.source}
-        settings |= {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
-        image.save(folder / f"{len(images):05d}.png", pnginfo=png_info(settings))
-        images.append(image)
-    return images, time.perf_counter() - began
+    made = generate_images(sampler, embed, decode_latents, prompts, seeds, config.batch_size)
+    images = list(tqdm(made, total=len(jobs), desc=f"drawing {name}", unit="image"))
+    seconds = time.perf_counter() - began
+    common = {"checkpoint": pipeline.source, "num_inference_steps": config.num_inference_steps}
+    common["guidance_scale"] = config.guidance_scale
+    for i, (job, image) in enumerate(zip(jobs, images, strict=True)):
+        info = png_info({"prompt": job.prompt, "seed": job.noise_seed, **common})
+        image.save(folder / f"{i:05d}.png", pnginfo=info)
+    return images, seconds
 
 
 def score(
@@ -202,25 +224,28 @@ def score(
 
 
 def summarise(result: dict[str, Any], jobs: list[Job]) -> dict[str, Any]:
-    groups = np.array([job.group for job in jobs])
-    by_group = {
-        group: {name: mean_estimate(values[groups == group]) for name, values in result["scores"].items()}
-        for group in dict.fromkeys(groups.tolist())
-    }
+    groups, clusters = (np.array([getattr(job, name) for job in jobs]) for name in ("group", "cluster"))
+
+    def estimates(chosen: np.ndarray) -> dict[str, Estimate]:
+        of = clusters[chosen].tolist()
+        return {name: mean_estimate(values[chosen], of) for name, values in result["scores"].items()}
+
     summary = {
         "images_per_second": round(result["images_per_second"], 2),
-        "rewards": {name: mean_estimate(values) for name, values in result["scores"].items()},
-        "by_group": by_group,
+        "rewards": estimates(np.ones(len(jobs), bool)),
+        "by_group": {group: estimates(groups == group) for group in dict.fromkeys(groups.tolist())},
     }
     return summary | ({"fid": result["fid"]} if "fid" in result else {})
 
 
-def differences(results: dict[str, Any]) -> dict[str, dict[str, Estimate]]:
+def differences(results: dict[str, Any], jobs: list[Job]) -> dict[str, dict[str, Estimate]]:
     """Each later checkpoint minus the first, by reward, paired by prompt and seed."""
     (_, baseline), *others = results.items()
+    clusters = [job.cluster for job in jobs]
     return {
         name: {
-            reward: paired_difference(baseline["scores"][reward], values) for reward, values in other["scores"].items()
+            reward: paired_difference(baseline["scores"][reward], values, clusters)
+            for reward, values in other["scores"].items()
         }
         for name, other in others
     }

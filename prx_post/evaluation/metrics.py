@@ -1,5 +1,10 @@
-"""Statistics of an evaluation: intervals, paired differences, Fréchet distance. Pure numpy and scipy."""
+"""Statistics of an evaluation: intervals, paired differences, Fréchet distance. Pure numpy and scipy.
 
+Scores come in clusters (a number asked for in six forms, a prompt drawn from several seeds). Pictures of a cluster
+share what makes it hard, so intervals resample whole clusters.
+"""
+
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,18 +22,31 @@ class Estimate:
     high: float
 
 
-def mean_estimate(scores: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Mean of scores [N]: Wilson's interval if all are 0 or 1, else the percentile bootstrap's."""
+def mean_estimate(
+    scores: np.ndarray, clusters: Sequence[Hashable] | None = None, *, resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """Mean of scores [N] with the percentile bootstrap's interval over clusters.
+
+    Scores of 0 and 1 without clusters, or with one score in each, get Wilson's interval.
+    """
+    clusters = range(len(scores)) if clusters is None else clusters
     value = float(scores.mean())
-    if np.isin(scores, (0.0, 1.0)).all():
+    if len(set(clusters)) == len(scores) and np.isin(scores, (0.0, 1.0)).all():
         interval = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
         return Estimate(value, float(interval.low), float(interval.high))
-    low, high = np.percentile(_bootstrap_means(scores, resamples, seed), (2.5, 97.5))
+    low, high = np.percentile(_bootstrap_means(scores, clusters, resamples, seed), (2.5, 97.5))
     return Estimate(value, float(low), float(high))
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray, *, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Mean of second - first, with the percentile bootstrap's interval over pairs.
+def paired_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of second - first, with the percentile bootstrap's interval over clusters of pairs.
 
     Args:
         first, second: scores [N] of the same prompts and seeds, in the same order.
@@ -36,13 +54,18 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, resamples: int =
     if first.shape != second.shape:
         raise ValueError(f"paired scores must have one shape, not {first.shape} and {second.shape}")
     difference = second - first
-    low, high = np.percentile(_bootstrap_means(difference, resamples, seed), (2.5, 97.5))
+    clusters = range(len(difference)) if clusters is None else clusters
+    low, high = np.percentile(_bootstrap_means(difference, clusters, resamples, seed), (2.5, 97.5))
     return Estimate(float(difference.mean()), float(low), float(high))
 
 
-def _bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+def _bootstrap_means(values: np.ndarray, clusters: Sequence[Hashable], resamples: int, seed: int) -> np.ndarray:
+    """Means of `resamples` draws of clusters with replacement, each cluster whole."""
+    number = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    of_value = [number[cluster] for cluster in clusters]
+    sums, counts = np.bincount(of_value, weights=values), np.bincount(of_value)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    return sums[drawn].sum(1) / counts[drawn].sum(1)
 
 
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
@@ -60,7 +83,8 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
 def frechet_estimate(features: np.ndarray, reference: np.ndarray, *, resamples: int = 100, seed: int = 0) -> Estimate:
     """Fréchet distance to a reference, ± 1.96 bootstrap standard deviations.
 
-    Not the percentile interval: resampling repeats pictures, which alone raises the distance.
+    Not the percentile interval: resampling repeats pictures, which alone raises the distance. For the same reason,
+    compare distances of equally many pictures only.
     """
     value = frechet_distance(features, reference)
     rng = np.random.default_rng(seed)

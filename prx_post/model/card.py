@@ -53,17 +53,20 @@ class ModelCard:
     height: int | None = None
     width: int | None = None
     skip_text_cleaning: bool = False
+    licence: str | None = None
+    """The base's; post-training does not change it."""
     example: str = "A front-facing portrait of a lion in the golden savanna at sunset"
     config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def render(self) -> str:
-        front = {
+        front: dict[str, Any] = {
             "library_name": "diffusers",
             "pipeline_tag": "text-to-image",
-            "license": "apache-2.0",
             "tags": ["prx", "prx-post", self.stage],
         }
+        if self.licence:
+            front["license"] = self.licence
         if self.base_is_on_hub:
             front["base_model"] = self.base
         arguments = f", height={self.height}, width={self.width}, use_resolution_binning=False" if self.height else ""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ COMPONENTS = {
 
 CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 WEIGHTED = ("transformer", "text_encoder", "vae")
+MAX_PROMPT_TOKENS = 8192
+"""Above this a model_max_length is a placeholder (transformers writes 1e30 where none was set)."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,6 +46,15 @@ class PipelineFolder:
     @property
     def is_from_hub(self) -> bool:
         return self.source != "tiny" and not Path(self.source).expanduser().exists()
+
+    @property
+    def licence(self) -> str | None:
+        """The licence named at the head of the pipeline's model card, if it has one."""
+        card = self.path / "README.md"
+        if not card.is_file():
+            return None
+        head = re.match(r"---\n.*?^license: *(\S+)$.*?^---", card.read_text(encoding="utf-8"), re.S | re.M)
+        return head[1] if head else None
 
     @property
     def variant(self) -> str:
@@ -86,6 +98,13 @@ class PipelineFolder:
                     f"Use {lower} or {lower + self.size_multiple}."
                 )
 
+    def resolve_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(height, width) to generate at: what is given, else default_sample_size. Raises if the model cannot."""
+        default = self.default_sample_size or 512
+        size = (height or default, width or default)
+        self.check_size(*size)
+        return size
+
     def load_scheduler(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -125,13 +144,15 @@ class Checkpoint:
     """README.md of the emitted folder; None copies the base's."""
 
 
-def load(path_or_id: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> Checkpoint:
-    """Load any latent PRX pipeline, from a folder or the Hub.
+def load(
+    path_or_id: str | PipelineFolder, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> Checkpoint:
+    """Load any latent PRX pipeline, from a folder or the Hub, or one that is open already.
 
     Raises:
         CheckpointError: missing, or not a PRX pipeline; says which component is wrong.
     """
-    pipeline = open_pipeline(path_or_id, revision)
+    pipeline = open_pipeline(path_or_id, revision) if isinstance(path_or_id, str) else path_or_id
     return Checkpoint(pipeline, pipeline.load_transformer(dtype), pipeline.load_scheduler())
 
 
@@ -152,12 +173,12 @@ def open_pipeline(path_or_id: str, revision: str | None = None) -> PipelineFolde
 
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     files = [f"{name}/*{ending}" for name in COMPONENTS for ending in (".json", ".safetensors", ".model", ".txt")]
     try:
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=["model_index.json", "README.md", *files])
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"model_name_or_path is {repo_id!r}, which is neither a local folder nor could be fetched from the Hub: "
@@ -206,6 +227,11 @@ def _check_components_fit(pipeline: PipelineFolder) -> None:
             f"{pipeline.path}: text_encoder/config.json describes an encoder alone, which diffusers cannot load "
             f"(T5GemmaEncoder.save_pretrained writes such files). Take text_encoder/ from the checkpoint it began with."
         )
+    if not 0 < pipeline.configs["tokenizer"].get("model_max_length", 0) <= MAX_PROMPT_TOKENS:
+        raise CheckpointError(
+            f"{pipeline.path}: tokenizer has no usable model_max_length, to which the pipeline pads every prompt. "
+            f"Set it in tokenizer/tokenizer_config.json; PRX's own is 256."
+        )
     width = text["encoder"]["hidden_size"]
     if transformer["context_in_dim"] != width:
         raise CheckpointError(
@@ -241,9 +267,25 @@ def emit(checkpoint: Checkpoint, folder: str | Path, dtype: str = "float32") -> 
         raise CheckpointError(
             f"{folder} is not empty, but must be because nothing is overwritten. Choose another folder."
         )
-    base = checkpoint.pipeline
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_pipeline(checkpoint, partial, dtype)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{folder} cannot be written: {error}. Free some space, or choose another."
+            ) from error
+        raise
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+    return folder
+
+
+def _write_pipeline(checkpoint: Checkpoint, partial: Path, dtype: str) -> None:
+    base = checkpoint.pipeline
     partial.mkdir(parents=True)
     for name in ("text_encoder", "tokenizer", "vae"):
         shutil.copytree(base.path / name, partial / name)
@@ -257,10 +299,6 @@ def emit(checkpoint: Checkpoint, folder: str | Path, dtype: str = "float32") -> 
         (partial / "README.md").write_text(checkpoint.card)
     elif (base.path / "README.md").is_file():
         shutil.copyfile(base.path / "README.md", partial / "README.md")
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
-    return folder
 
 
 def _save_transformer(transformer: Any, dtype: torch.dtype, folder: Path) -> None:

@@ -6,36 +6,49 @@ from typing import Any
 import torch
 
 from prx_post.config import ModelConfig, PrxPostError
+from prx_post.model.checkpoint import PipelineFolder
 
 TARGET_MODULES = ["img_qkv_proj", "txt_kv_proj", "to_out.0", "gate_proj", "up_proj", "down_proj"]
 """Every attention and MLP projection of a block."""
 
 
 def attach(transformer: torch.nn.Module, config: ModelConfig) -> Any:
-    """Freeze the transformer and add a fresh adapter, whose output is zero. Returns the PeftModel.
-
-    Raises:
-        PrxPostError: a target module does not exist.
-    """
+    """Freeze the transformer and add a fresh adapter, whose output is zero. Returns the PeftModel."""
     from peft import LoraConfig, get_peft_model
 
-    targets = config.lora_target_modules or TARGET_MODULES
-    names = [name for name, _ in transformer.named_modules()]
-    for target in targets:
+    settings = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules or TARGET_MODULES,
+    )
+    model: Any = get_peft_model(transformer, settings)  # type: ignore[arg-type]
+    model.peft_config["default"].base_model_name_or_path = config.model_name_or_path
+    return model
+
+
+def check_targets(pipeline: PipelineFolder, targets: list[str] | None) -> None:
+    """Raise PrxPostError for a target that is no linear layer of the transformer; no weights are loaded."""
+    from diffusers import PRXTransformer2DModel
+
+    with torch.device("meta"):
+        transformer = PRXTransformer2DModel.from_config(pipeline.configs["transformer"])
+    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in targets or TARGET_MODULES:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise PrxPostError(
-                f"lora_target_modules is {targets}, but {target!r} is no module of the transformer. "
+                f"lora_target_modules is {targets}, but {target!r} is no linear layer of the transformer. "
                 f"Choose from {', '.join(TARGET_MODULES)}."
             )
-    settings = LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets
-    )
-    return get_peft_model(transformer, settings)  # type: ignore[arg-type]
 
 
-def save_adapter(peft_model: Any, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, as `peft.PeftModel.from_pretrained` reads them."""
+def save_adapter(peft_model: Any, folder: Path, card: str | None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, as `peft.PeftModel.from_pretrained` reads them.
+
+    peft's own README.md would hold a local path as a Python object; `card` takes its place.
+    """
     peft_model.save_pretrained(folder)
+    (folder / "README.md").write_text(card or "")
 
 
 def merge(peft_model: Any) -> Any:

@@ -2,12 +2,14 @@
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 
 class PromptCleaner:
@@ -26,6 +28,12 @@ class PromptCleaner:
     def is_lost(self, prompt: str) -> bool:
         """Whether cleaning leaves nothing of a prompt that had something (Chinese, for one, is stripped whole)."""
         return bool(prompt.strip()) and not self(prompt)
+
+    def warn_of_lost(self, prompts: Iterable[str]) -> None:
+        """Print a line for each prompt of which cleaning leaves nothing."""
+        for prompt in dict.fromkeys(prompts):
+            if self.is_lost(prompt):
+                tqdm.write(f"warning: prompt cleaning leaves nothing of {prompt!r}; set skip_text_cleaning to keep it.")
 
 
 @dataclass

@@ -32,7 +32,7 @@ def min_snr_weight(t: Tensor, gamma: float) -> Tensor:
 def contrastive_term(velocity: Tensor, target: Tensor) -> Tensor:
     """Squared error to *another* sample's target (contrastive flow matching, Stoica et al. 2025, eq. 8); subtract it.
 
-    The other sample is the batch's next one. Raises ValueError for a batch of one, which has no other sample.
+    The other sample is the batch's previous one. Raises ValueError for a batch of one, which has no other sample.
     """
     if velocity.shape[0] < 2:
         raise ValueError("the contrastive term needs at least two samples in a batch")

@@ -14,7 +14,10 @@ class Reward(Protocol):
     """Scores pictures against their prompts."""
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        """Scores [B] fp32, higher is better, of `images[i]` for `prompts[i]`."""
+        """Scores [B] fp32, higher is better, of `images[i]` for `prompts[i]`; each independent of the others."""
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise PrxPostError for a prompt that cannot be scored. Called before any picture is made."""
 
 
 REGISTRY = {

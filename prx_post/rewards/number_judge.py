@@ -1,25 +1,35 @@
 """The embedded world's held-out judge as a reward: for evaluation only, never to be optimised."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
 
+from prx_post.config import PrxPostError, require_installed
+from prx_post.rewards import ctc
 from prx_post.rewards.base import check_counts
-from prx_post.rewards.ocr import DIGITS, ctc_log_prob, greedy_text, wanted_text
+from prx_post.rewards.ocr import DIGITS, wanted_text
 
 
 class NumberJudgeReward:
-    def __init__(self, score: Callable[[torch.Tensor, str, str], float]) -> None:
+    def __init__(self, score: ctc.Score) -> None:
+        for module in ("mlxtend", "num2words"):
+            require_installed(module, "the embedded judge", "demo")
         from prx_post.tiny.judge import load_judge
 
         self._judge, self._score = load_judge(), score
+
+    def check(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            if not set(wanted_text(prompt)) <= set(DIGITS):
+                raise PrxPostError(f"the embedded judge reads digits only, but the prompt {prompt!r} asks for more.")
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
         from prx_post.tiny.judge import to_tensor
 
         check_counts(images, prompts)
+        self.check(prompts)
         scores = []
         for start in range(0, len(images), 256):
             part = slice(start, start + 256)
@@ -31,9 +41,9 @@ class NumberJudgeReward:
 
 def exact_match() -> NumberJudgeReward:
     """1 if the judge reads exactly the number asked for, else 0."""
-    return NumberJudgeReward(lambda log_probs, text, alphabet: float(greedy_text(log_probs, alphabet) == text))
+    return NumberJudgeReward(ctc.exact)
 
 
 def graded() -> NumberJudgeReward:
     """Per-digit log-probability of the number asked for (natural log, at most 0)."""
-    return NumberJudgeReward(ctc_log_prob)
+    return NumberJudgeReward(ctc.log_prob)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from prx_post.config import (
@@ -15,29 +14,30 @@ from prx_post.config import (
     ModelConfig,
     TrainConfig,
     doc,
+    make_folder,
     parse,
     require,
+    require_empty,
     require_fraction,
     require_not_negative,
     require_one_of,
     require_positive,
 )
 from prx_post.data.buckets import Buckets
-from prx_post.data.cache import content_key
-from prx_post.data.encoding import EncodedCache, Encoders, Sample, prepare
+from prx_post.data.encoding import Encoders, prepare
 from prx_post.data.immiscible import immiscible_order
-from prx_post.data.readers import PictureRows, read_rows
-from prx_post.data.source import Batch, BatchSource, DrawPlan
-from prx_post.engine.tracking import RunLog, grid
+from prx_post.data.readers import read_rows
+from prx_post.data.source import Batch
+from prx_post.engine.tracking import RunLog, check_trackers
 from prx_post.engine.trainer import Trainer, build_accelerator, output_folder, seed_everything
 from prx_post.flow import interpolate, sample_timesteps, velocity_target
-from prx_post.generate import Sampler, generate_images, require_empty, resolve_size, warn_lost_prompts
 from prx_post.model import lora
 from prx_post.model.card import ModelCard
-from prx_post.model.checkpoint import Checkpoint, PipelineFolder, emit, load, open_pipeline
+from prx_post.model.checkpoint import PipelineFolder, load, open_pipeline
 from prx_post.model.denoiser import predict_velocity
 from prx_post.model.text import PromptCleaner
 from prx_post.objectives.flow_matching import contrastive_term, flow_matching_loss, min_snr_weight
+from prx_post.stages.common import GridDrawer, build_source, emit_trained, prepare_network
 
 
 @dataclass
@@ -81,7 +81,7 @@ class FlowMatchingObjective(nn.Module):
         self.config = config
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`batch` as made by BatchSource. Noise and timestep of a sample derive from its seed alone."""
+        """`batch` as made by BatchSource. A sample's noise and timestep derive from its seed (see `immiscible`)."""
         x0 = batch["latents"].float()
         noise, t = self.draw(batch["seeds"], x0)
         target = velocity_target(x0, noise)
@@ -127,13 +127,17 @@ def train(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     """Check everything, bring the cache up to date, fit, emit. Returns the emitted pipeline's folder."""
     pipeline = open_pipeline(str(model.model_name_or_path), model.model_revision)
     buckets = Buckets(pipeline, data.height, data.width)
+    if model.use_peft:
+        lora.check_targets(pipeline, model.lora_target_modules)
+    check_trackers(config.report_to)
     output_dir = require_empty(config.output_dir)
     rows = read_rows(data)
+    make_folder(output_dir)
     seed_everything(config)
 
     accelerator = build_accelerator(config)
     cleaner = PromptCleaner(data.skip_text_cleaning)
-    warn_lost_prompts(cleaner, config.sample_prompts)
+    cleaner.warn_of_lost(config.sample_prompts)
     encoders = Encoders(
         pipeline, cleaner, accelerator.device, text_dtype=torch.bfloat16 if config.bf16 else torch.float32
     )
@@ -142,122 +146,24 @@ def train(model: ModelConfig, data: DataConfig, config: SFTConfig) -> Path:
     if cache is not None:
         encoders.free()
 
-    checkpoint = load(str(pipeline.path))
-    checkpoint.pipeline = pipeline
+    checkpoint = load(pipeline)
     network = prepare_network(checkpoint.transformer, model, config)
     objective = FlowMatchingObjective(network, config)
-    source = build_source(samples, rows, cache, encoders, config, accelerator)
+    source = build_source(samples, rows, cache, encoders, config, accelerator, config.caption_dropout)
     settings = {k: v for part in (model, data, config) for k, v in dataclasses.asdict(part).items()}
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     log = RunLog(accelerator, output_dir, config.run_name or output_dir.name, settings, config.max_steps)
-    sampler = build_grid_sampler(network, checkpoint, data, config, accelerator.device)
-    draw_grid = GridDrawer(sampler, encoders, cache, config, log)
+    draw_grid = GridDrawer(network, pipeline, (data.height, data.width), encoders, cache, config, log)
     trainer = Trainer(config, accelerator, objective, source, log, draw_grid)
-    metrics = trainer.fit()
-
-    if accelerator.is_main_process:
-        with trainer.ema.swapped_in():
-            if model.use_peft:
-                lora.save_adapter(network, output_dir / "final-adapter")
-                checkpoint.transformer = lora.merge(network)
-            checkpoint.card = card(model, data, config, settings, metrics, len(samples), pipeline).render()
-            emit(checkpoint, output_dir / "final", config.emit_dtype)
-    log.close()
+    try:
+        metrics = trainer.fit()
+        checkpoint.card = card(model, data, config, settings, metrics, (len(samples), len(rows)), pipeline).render()
+        if accelerator.is_main_process:
+            with trainer.ema.swapped_in():
+                emit_trained(checkpoint, network, output_dir, config.emit_dtype)
+    finally:
+        log.close()
     accelerator.print(f"pipeline in {output_dir / 'final'}")
     return output_dir / "final"
-
-
-def prepare_network(transformer: Any, model: ModelConfig, config: TrainConfig) -> Any:
-    """The transformer with what is to be trained unfrozen: itself, or a PeftModel around it."""
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if config.torch_compile:
-        for block in transformer.blocks:
-            block.compile()
-    if model.use_peft:
-        return lora.attach(transformer, model)
-    return transformer.train().requires_grad_(True)
-
-
-def build_source(
-    samples: list[Sample],
-    rows: PictureRows,
-    cache: EncodedCache | None,
-    encoders: Encoders,
-    config: SFTConfig,
-    accelerator: Any,
-) -> BatchSource:
-    world = accelerator.num_processes
-    size = config.per_device_train_batch_size
-    plan = DrawPlan(
-        [s.size for s in samples], size * world * config.gradient_accumulation_steps, config.seed, config.max_steps
-    )
-    return BatchSource(
-        samples,
-        rows,
-        cache,
-        encoders,
-        plan,
-        micro_batch_size=size,
-        num_steps=config.max_steps,
-        rank=accelerator.process_index,
-        world_size=world,
-        caption_dropout=config.caption_dropout,
-        # torch.compile specialises on shapes, so it gets one text length
-        pad_length=encoders.pipeline.max_prompt_tokens if config.torch_compile else None,
-    )
-
-
-def build_grid_sampler(
-    network: Any, checkpoint: Checkpoint, data: DataConfig, config: TrainConfig, device: torch.device
-) -> Sampler:
-    pipeline: PipelineFolder = checkpoint.pipeline
-    size = resolve_size(pipeline, data.height, data.width)
-    return Sampler(
-        transformer=network,
-        scheduler=pipeline.load_scheduler(),
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        latent_shape=pipeline.latent_shape(*size),
-        device=device,
-        pad_length=pipeline.max_prompt_tokens,
-    )
-
-
-class GridDrawer:
-    """Draws `sample_prompts` × `sample_seeds`, a row a prompt, each time the trainer asks."""
-
-    def __init__(
-        self, sampler: Sampler, encoders: Encoders, cache: EncodedCache | None, config: TrainConfig, log: RunLog
-    ) -> None:
-        self.sampler, self.encoders, self.cache, self.config, self.log = sampler, encoders, cache, config, log
-
-    def _embed(self, prompt: str) -> Tensor:
-        if self.cache is None:
-            return self.encoders.prompts(prompt)
-        return self.cache.embeddings[content_key(self.encoders.cleaner(prompt))]
-
-    def __call__(self, step: int) -> None:
-        config = self.config
-        jobs = [(prompt, seed) for prompt in config.sample_prompts for seed in config.sample_seeds]
-        if not jobs:
-            return
-        with torch.autocast(self.sampler.device.type, torch.bfloat16, enabled=config.bf16):
-            images = list(
-                generate_images(
-                    self.sampler,
-                    self._embed,
-                    self.encoders.codec.decode,
-                    [prompt for prompt, _ in jobs],
-                    [seed for _, seed in jobs],
-                    config.per_device_train_batch_size,
-                )
-            )
-        if self.cache is not None:
-            self.encoders.free()
-        self.log.picture(step, "grid", grid(images, columns=len(config.sample_seeds)))
 
 
 def card(
@@ -266,7 +172,7 @@ def card(
     config: SFTConfig,
     settings: dict[str, Any],
     metrics: dict[str, float],
-    num_samples: int,
+    used_of_rows: tuple[int, int],
     pipeline: PipelineFolder,
 ) -> ModelCard:
     steps, loss = config.max_steps, metrics["loss"]
@@ -275,7 +181,8 @@ def card(
         stage="sft",
         base=str(model.model_name_or_path),
         base_is_on_hub=pipeline.is_from_hub,
-        data=f"{data.dataset_name} ({num_samples} pictures)",
+        data="{} ({} of {} pictures)".format(data.dataset_name, *used_of_rows),
+        licence=pipeline.licence,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         dtype=config.emit_dtype,

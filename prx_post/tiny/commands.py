@@ -3,18 +3,20 @@
 import argparse
 from collections.abc import Sequence
 
-from prx_post.generate import require_empty
+from prx_post.config import require_empty, require_installed
 
 
 def run(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="prx-post tiny", description="The embedded world.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("data", "write its data sets"), ("build", "remake its weights (about 45 minutes)")):
+    for name, text in (("data", "write its data sets"), ("build", "remake its weights (about 25 minutes)")):
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("--output_dir", required=True)
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--num_threads", type=int, default=0, help="CPU threads; 0 leaves torch's own choice")
     options = parser.parse_args(list(args))
+    for module in ("mlxtend", "num2words", "rapidocr", "onnxruntime"):
+        require_installed(module, "the embedded world", "demo")
     import torch
 
     if options.num_threads:

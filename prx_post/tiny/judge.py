@@ -62,7 +62,7 @@ def load_judge(path: Path = JUDGE) -> NumberJudge:
 
 @torch.no_grad()
 def judge_features(images: Sequence[Image.Image], judge: NumberJudge | None = None) -> torch.Tensor:
-    """Features for FID: the judge's columns, pooled over left, middle and right thirds' mean. [N, 64] fp32."""
+    """Features for FID: the mean of the judge's column features. [N, 64] fp32."""
     judge = judge or load_judge()
     batches = [to_tensor(images[i : i + 256]) for i in range(0, len(images), 256)]
     return torch.cat([judge.columns(batch).mean(1) for batch in batches])

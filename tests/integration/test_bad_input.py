@@ -41,6 +41,21 @@ def test_one_line_and_exit_code_two(prx_post, picture_folder, tmp_path, flags, m
     assert not (tmp_path / "run").exists()
 
 
+def test_what_can_be_known_early_is_said_before_a_model_loads(picture_folder, tmp_path, warm_cache, monkeypatch):
+    from prx_post.config import PrxPostError
+    from prx_post.engine import tracking
+
+    no_models(monkeypatch)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
+    for changes, message in (
+        ({"use_peft": True, "lora_target_modules": ["to_q"]}, "'to_q' is no linear layer"),
+        ({"report_to": ["wandb"]}, "report_to is 'wandb', which is not installed here"),
+        ({"output_dir": "/proc/run"}, "cannot be made"),
+    ):
+        with pytest.raises(PrxPostError, match=message):
+            train(*settings(picture_folder, warm_cache, **{"output_dir": tmp_path / "run", **changes}))
+
+
 def test_an_output_dir_with_another_run_is_left_alone(picture_folder, tmp_path, warm_cache, monkeypatch):
     from prx_post.config import PrxPostError
 
@@ -81,7 +96,7 @@ def test_an_unreadable_picture_is_counted_named_and_left_out(picture_folder, tmp
     (bad,) = [json.loads(line) for line in (run / "bad_rows.jsonl").read_text().splitlines()]
     assert bad["row"] == 7
     assert bad["name"].endswith("00007.png")
-    assert "47 pictures" in (run / "final" / "README.md").read_text()
+    assert "47 of 48 pictures" in (run / "final" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("cache", ["disk", "none"])

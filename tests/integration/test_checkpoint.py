@@ -79,6 +79,9 @@ def test_the_dc_ae_variant_goes_through_too(dc_ae_pipeline, tmp_path):
     assert checkpoint.pipeline.latent_shape(32, 64) == (8, 8, 16)
     emitted = emit(checkpoint, tmp_path / "emitted")
     assert digests(dc_ae_pipeline, "vae") == digests(emitted, "vae")
+    command = [sys.executable, "-c", OUTSIDER, str(emitted), str(tmp_path / "picture.png")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
     assert inspect(emitted).variant == "dc-ae"
 
 
@@ -88,6 +91,18 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(base, tmp_path)
     with pytest.raises(CheckpointError, match="nothing is overwritten"):
         emit(load(str(base)), tmp_path / "taken")
     assert [p.name for p in tmp_path.rglob("*")] == ["taken", "notes.txt"]
+
+
+def test_a_failure_while_emitting_leaves_nothing_behind(base, tmp_path, monkeypatch):
+    checkpoint = load(str(base))
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(checkpoint.transformer), "save_pretrained", full_disk)
+    with pytest.raises(CheckpointError, match="cannot be written: .*No space left"):
+        emit(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def broken(base, tmp_path, how) -> Path:
@@ -116,6 +131,7 @@ def edit_json(name, **changes):
         (lambda f: shutil.rmtree(f / "scheduler"), r"has no scheduler/scheduler_config\.json"),
         (lambda f: shutil.rmtree(f / "tokenizer"), r"has no tokenizer/tokenizer_config\.json"),
         (lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(), r"vae has no \*\.safetensors weights"),
+        (edit_json("tokenizer/tokenizer_config.json", model_max_length=int(1e30)), "no usable model_max_length"),
         (edit_json("transformer/config.json", in_channels=16), "transformer takes 16 channels, but the vae makes 4"),
         (edit_json("transformer/config.json", context_in_dim=2304), "text of width 2304, but text_encoder makes 128"),
     ],

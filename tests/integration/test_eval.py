@@ -2,10 +2,12 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from prx_post.config import PrxPostError
 from prx_post.evaluation import evaluate
 from prx_post.tiny.datasets import prompt_set, write_folder, write_prompts
+from prx_post.tiny.world import FORMS
 from tests.conftest import numbered_pictures
 
 
@@ -59,7 +61,37 @@ def test_a_checkpoint_against_itself_on_the_same_noise_differs_by_nothing(evalua
     names = sorted(p.name for p in (out / "images" / "plain").iterdir())
     assert len(names) == 24
     for name in names:
-        assert (out / "images" / "plain" / name).stat().st_size == (out / "images" / "same" / name).stat().st_size
+        assert (
+            Image.open(out / "images" / "plain" / name).tobytes()
+            == Image.open(out / "images" / "same" / name).tobytes()
+        )
+
+
+def test_a_part_of_the_prompts_spans_every_group_alike():
+    rows = prompt_set("test")
+    chosen = evaluate.spread_over_groups(rows, 90)
+    targets = {form: [row["target"] for row in chosen if row["group"] == form] for form in FORMS}
+    assert {len(t) for t in targets.values()} == {15}
+    assert len({tuple(t) for t in targets.values()}) == 1  # the same numbers in every form
+    assert targets["it"][0] == rows[0]["target"]
+    assert targets["it"][-1] == rows[-1]["target"]
+    assert evaluate.spread_over_groups(rows, len(rows)) == rows
+    assert len(evaluate.spread_over_groups(rows, 100)) == 100
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "path"),
+    [
+        ("a=x/y", "a", "x/y"),
+        ("runs/lr=1e-4/final", "lr=1e-4", "runs/lr=1e-4/final"),
+        ("runs/sft/final", "sft", "runs/sft/final"),
+        ("../../x=tiny", "x=tiny", "../../x=tiny"),
+        ("tiny", "tiny", "tiny"),
+    ],
+)
+def test_checkpoints_are_named_by_what_stands_before_the_sign_or_by_their_folder(given, name, path):
+    config = evaluate.EvalConfig(checkpoints=[given], prompts_file="p", output_dir="o")
+    assert config.named_checkpoints() == [(name, path)]
 
 
 def test_the_report_is_one_file_that_fetches_nothing_and_escapes_prompts(evaluated):
@@ -82,6 +114,8 @@ def test_the_report_is_one_file_that_fetches_nothing_and_escapes_prompts(evaluat
         (["--checkpoints", "tiny", "--prompts_file", "none"], "there is no such file"),
         (["--checkpoints", "tiny", "--reference_dir", "none"], "has 0 pictures, but must have two or more"),
         (["--checkpoints", "tiny", "--num_prompts", "0"], "num_prompts"),
+        (["--checkpoints", "tiny", "--num_prompts", "1"], "FID needs two or more pictures"),
+        (["--checkpoints", "tiny", "--height", "-32"], "height is -32, but must be above 0"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_drawn(world, tmp_path, more, message):
@@ -96,6 +130,22 @@ def test_a_prompt_set_without_prompts_is_refused(world, tmp_path, text):
     path.write_text(text)
     with pytest.raises(PrxPostError, match="no prompt"):
         evaluate.run(flags(world, tmp_path / "out", "--checkpoints", "tiny", "--prompts_file", path))
+
+
+def test_a_prompt_that_cannot_be_scored_stops_before_anything_is_drawn(world, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "472"}\n{"prompt": "a red cube"}\n')
+    with pytest.raises(PrxPostError, match="'a red cube' has no text to read"):
+        evaluate.run(flags(world, tmp_path / "out", "--checkpoints", "tiny", "--prompts_file", path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_evaluation_is_left_alone(world, evaluated):
+    out, _ = evaluated
+    before = (out / "results.json").read_bytes()
+    with pytest.raises(PrxPostError, match="must be new or empty"):
+        evaluate.run(flags(world, out, "--checkpoints", "tiny"))
+    assert (out / "results.json").read_bytes() == before
 
 
 def test_the_embedded_base_is_mediocre_at_numbers_but_writes_like_a_hand(tmp_path, world):

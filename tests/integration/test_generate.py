@@ -40,6 +40,14 @@ def test_the_batch_size_does_not_change_the_pictures(tmp_path):
         assert np.abs(one - four).max() <= 1  # rounding of matrix products of another shape
 
 
+def test_bfloat16_draws_nearly_the_same_picture(tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        generate.run([*COMMON, "--prompts", "472", "--dtype", dtype, "--output_dir", str(tmp_path / dtype)])
+    full, half = (np.asarray(Image.open(tmp_path / d / "00000.png")).astype(int) for d in ("float32", "bfloat16"))
+    assert not np.array_equal(full, half)
+    assert np.abs(full - half).mean() < 8  # of 255: three digits of mantissa through four guided steps
+
+
 def test_prompts_come_from_a_file_too(tmp_path):
     (tmp_path / "prompts.txt").write_text("472\n\nninety\n")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "trois"}) + "\n")
@@ -47,6 +55,19 @@ def test_prompts_come_from_a_file_too(tmp_path):
         out = tmp_path / name.replace(".", "-")
         generate.run([*COMMON, "--prompts_file", str(tmp_path / name), "--output_dir", str(out)])
         assert len(list(out.glob("*.png"))) == count
+
+
+def test_a_line_that_is_no_prompt_is_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1"}\n{"text": 3}\n')
+    with pytest.raises(PrxPostError, match=r"p\.jsonl, line 2 is no prompt"):
+        generate.run([*COMMON, "--prompts_file", str(tmp_path / "p.jsonl"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_pictures_made_earlier_are_left_alone(tmp_path):
+    (tmp_path / "00000.png").write_bytes(b"mine")
+    with pytest.raises(PrxPostError, match="must be new or empty"):
+        generate.run([*COMMON, "--prompts", "472", "--output_dir", str(tmp_path)])
+    assert (tmp_path / "00000.png").read_bytes() == b"mine"
 
 
 def test_a_prompt_that_cleaning_empties_is_warned_about(tmp_path, capsys):
@@ -62,6 +83,7 @@ def test_a_prompt_that_cleaning_empties_is_warned_about(tmp_path, capsys):
         (["--prompts", "a", "--seeds"], "seeds"),
         (["--prompts", "a", "--guidance_scale", "0"], "guidance_scale is 0.0, but must be 1 or more"),
         (["--prompts", "a", "--height", "30"], "height is 30, but must be a multiple of 8"),
+        (["--prompts", "a", "--width", "0"], "width is 0, but must be above 0"),
         (["--prompts", "a", "--dtype", "float16"], "dtype is 'float16', but must be one of float32, bfloat16"),
     ],
 )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from prx_post.config import DataConfig, ModelConfig, PrxPostError
@@ -57,9 +59,23 @@ def test_training_lowers_the_loss_on_its_own_data_and_emits_the_average(picture_
     assert "| Stage | sft |" in card
     assert "num_inference_steps=2" in card
     moved = weights(tmp_path / "run" / "final")
-    start = {k: v.float() for k, v in load("tiny").transformer.state_dict().items()}
+    start = load("tiny").transformer.state_dict()
     assert moved.keys() == start.keys()
     assert all((moved[k] != start[k]).any() for k in moved)
+
+
+def test_what_is_emitted_is_the_average_of_the_weights(picture_folder, warm_cache, tmp_path, monkeypatch):
+    from prx_post.engine.ema import EMA
+
+    kept = []
+    original = EMA.update
+    monkeypatch.setattr(EMA, "update", lambda self, step: (original(self, step), kept.append(self))[0])
+    train(*settings(picture_folder, warm_cache, tmp_path / "run"))
+    emitted = weights(tmp_path / "run" / "final")
+    names = [name for name, _ in load("tiny").transformer.named_parameters()]
+    ema = kept[-1]
+    assert all(torch.equal(emitted[name], average) for name, average in zip(names, ema.averages, strict=True))
+    assert any(not torch.equal(p, average) for p, average in zip(ema._parameters, ema.averages, strict=True))
 
 
 def test_losses_are_bit_identical_with_the_cache_and_without(picture_folder, warm_cache, tmp_path):
@@ -121,7 +137,6 @@ def test_one_batch_of_sixteen_equals_two_of_eight_accumulated(picture_folder, wa
     "changes",
     [
         {"optim": "muon"},
-        {"gradient_checkpointing": True},
         {"loss_weighting": "min_snr"},
         {"contrastive_weight": 0.05},
         {"immiscible": True},
@@ -130,10 +145,41 @@ def test_one_batch_of_sixteen_equals_two_of_eight_accumulated(picture_folder, wa
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_every_option_trains_and_emits(picture_folder, warm_cache, tmp_path, changes):
+def test_every_option_trains_emits_and_makes_a_difference(picture_folder, warm_cache, tmp_path, changes):
+    train(*settings(picture_folder, warm_cache, tmp_path / "plain", max_steps=2))
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of a process's first run
     train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=2, **changes))
-    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run" / "final").values())
-    assert len(losses(tmp_path / "run")) == 2
+    emitted, plain = (weights(tmp_path / name / "final") for name in ("run", "plain"))
+    assert all(torch.isfinite(w).all() for w in emitted.values())
+    assert any(not torch.equal(emitted[k], plain[k]) for k in emitted)
+
+
+def test_lora_goes_with_bf16_and_gradient_checkpointing(picture_folder, warm_cache, tmp_path):
+    changes = {"use_peft": True, "lora_r": 4, "bf16": True, "gradient_checkpointing": True, "ema_decay": 0.0}
+    train(*settings(picture_folder, warm_cache, tmp_path / "run", **changes))
+    emitted, start = weights(tmp_path / "run" / "final"), load("tiny").transformer.state_dict()
+    assert sum(not torch.equal(emitted[k], start[k]) for k in emitted) == 36
+    front = yaml.safe_load((tmp_path / "run" / "final-adapter" / "README.md").read_text().split("---")[1])
+    assert front["library_name"] == "diffusers"
+
+
+def test_blocks_are_compiled_when_asked_and_give_the_same_losses(picture_folder, warm_cache, tmp_path, monkeypatch):
+    """With the eager backend: the graph is captured, but nothing is built, which takes a minute on a CPU."""
+    compiled = []
+    original = torch.nn.Module.compile
+
+    def eager(self, *args, **kwargs):
+        compiled.append(type(self).__name__)
+        original(self, *args, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    train(*settings(picture_folder, warm_cache, tmp_path / "run", torch_compile=True))
+    assert compiled == ["PRXBlock"] * 6
+    monkeypatch.undo()
+    train(*settings(picture_folder, warm_cache, tmp_path / "plain"))
+    # prompts are padded further, so softmax sums run over more (masked) terms
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    assert weights(tmp_path / "run" / "final").keys() == weights(tmp_path / "plain" / "final").keys()
 
 
 def test_gradient_checkpointing_changes_memory_not_numbers(picture_folder, warm_cache, tmp_path):
@@ -217,7 +263,7 @@ def test_torch_compile_pads_prompts_to_one_length(picture_folder, warm_cache, tm
     from prx_post.engine.trainer import build_accelerator
     from prx_post.model.checkpoint import open_pipeline
     from prx_post.model.text import PromptCleaner
-    from prx_post.stages.sft import build_source
+    from prx_post.stages.common import build_source
 
     _, _, config = settings(picture_folder, warm_cache, tmp_path / "run", torch_compile=True)
     encoders = Encoders(open_pipeline("tiny"), PromptCleaner(), torch.device("cpu"), torch.float32)

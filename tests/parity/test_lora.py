@@ -5,7 +5,7 @@ import torch
 
 from prx_post.config import ModelConfig, PrxPostError
 from prx_post.model import lora
-from prx_post.model.checkpoint import load
+from prx_post.model.checkpoint import inspect, load
 from prx_post.model.denoiser import predict_velocity
 
 
@@ -54,13 +54,15 @@ def test_a_saved_adapter_is_loaded_by_peft_alone(base, inputs, tmp_path):
     from peft import PeftModel
 
     model = adapted(base)
-    lora.save_adapter(model, tmp_path / "adapter")
+    lora.save_adapter(model, tmp_path / "adapter", "a card")
     again = PeftModel.from_pretrained(load(str(base)).transformer, tmp_path / "adapter").eval()
     with torch.no_grad():
         assert torch.equal(predict_velocity(model, *inputs), predict_velocity(again, *inputs))
+    assert (tmp_path / "adapter" / "README.md").read_text() == "a card"
+    assert '"base_model_name_or_path": "tiny"' in (tmp_path / "adapter" / "adapter_config.json").read_text()
 
 
 def test_an_unknown_target_is_named_with_those_there_are(base):
-    config = ModelConfig(model_name_or_path="tiny", use_peft=True, lora_target_modules=["to_q"])
-    with pytest.raises(PrxPostError, match=r"'to_q' is no module of the transformer.*img_qkv_proj"):
-        lora.attach(load(str(base)).transformer, config)
+    lora.check_targets(inspect(base), None)
+    with pytest.raises(PrxPostError, match=r"'to_q' is no linear layer of the transformer.*img_qkv_proj"):
+        lora.check_targets(inspect(base), ["to_out.0", "to_q"])

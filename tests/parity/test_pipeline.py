@@ -73,6 +73,27 @@ def test_a_batch_of_ours_equals_single_pictures_of_the_pipeline(pipe, base):
         assert difference.max() <= 1  # a value may round to the neighbouring one of 256
 
 
+def test_the_dc_ae_variant_draws_what_the_pipeline_draws(dc_ae_pipeline):
+    pipe = PRXPipeline.from_pretrained(dc_ae_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    checkpoint = load(str(dc_ae_pipeline))
+    encoders = Encoders(checkpoint.pipeline, PromptCleaner(), CPU, torch.float32)
+    sampler = build_sampler(checkpoint, SIZE, 4, 2.0, CPU)
+    (ours,) = generate_images(sampler, encoders.prompts, encoders.codec.decode, ["472"], [5], 1)
+    theirs = pipe(
+        "472",
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(5),
+        use_resolution_binning=False,
+    ).images[0]
+    difference = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int))
+    assert difference.max() <= 1
+    assert np.asarray(theirs).std() > 5
+
+
 PROMPTS = [
     "472",
     "Four Hundred and Seventy-Two",

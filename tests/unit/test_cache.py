@@ -17,7 +17,7 @@ def test_what_is_written_is_read_back_bit_for_bit_by_another_instance(tmp_path):
     assert "c" not in again
 
 
-def test_large_writes_are_split_into_shards_and_survive_an_error_later_on(tmp_path, monkeypatch):
+def test_large_writes_are_split_into_shards_and_nothing_computed_is_lost_by_an_error_later_on(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "SHARD_BYTES", 100)
 
     def items():
@@ -28,8 +28,30 @@ def test_large_writes_are_split_into_shards_and_survive_an_error_later_on(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         TensorCache(tmp_path).write(items())
     again = TensorCache(tmp_path)
-    assert [str(i) in again for i in range(10)] == [True] * 9 + [False]
-    assert again["8"][0].item() == 8.0
+    assert [str(i) in again for i in range(10)] == [True] * 10
+    assert again["9"][0].item() == 9.0
+
+
+def test_a_damaged_shard_is_named_and_its_content_is_a_miss(tmp_path, capsys):
+    TensorCache(tmp_path).write([("a", torch.zeros(3))])
+    (shard,) = tmp_path.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:20])
+    again = TensorCache(tmp_path)
+    assert "a" not in again
+    assert f"{shard} is damaged" in capsys.readouterr().out
+    again.write([("a", torch.ones(3))])
+    assert TensorCache(tmp_path)["a"].sum().item() == 3.0
+
+
+def test_a_full_disk_while_writing_is_one_line_and_leaves_no_rubbish(tmp_path, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache_module, "save_file", full)
+    with pytest.raises(PrxPostError, match="cannot be written: .*No space left"):
+        TensorCache(tmp_path).write([("a", torch.zeros(3))])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_half_written_shard_is_not_picked_up(tmp_path):

@@ -60,6 +60,9 @@ def test_a_value_of_the_wrong_type_is_named(tmp_path, line, message):
         (["--optim", "adam"], r"optim is 'adam', but must be one of adamw, muon .* Did you mean 'adamw'"),
         (["--caption_dropout", "1.5"], "caption_dropout is 1.5, but must be between 0 and 1"),
         (["--guidance_scale", "0.5"], "guidance_scale is 0.5, but must be 1 or more"),
+        (["--adam_beta1", "1"], "adam_beta1 is 1.0, but must be at least 0 and below 1"),
+        (["--seed", "-1"], "seed is -1, but must be 0 or more"),
+        (["stray"], "'stray' on the command line belongs to no setting"),
         (["--height", "32"], "height is 32, but must be set together with width"),
         (["--cache", "ram"], "cache is 'ram', but must be one of disk, none"),
         (["--contrastive_weight", "0.05", "--per_device_train_batch_size", "1"], "per_device_train_batch_size is 1"),
@@ -86,6 +89,23 @@ def test_what_a_run_cannot_do_without_is_asked_for(missing):
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         parse(KINDS, write(tmp_path, text), "test")
+
+
+def test_config_may_be_written_with_an_equals_sign(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("output_dir: run\nmax_steps: 3\n")
+    (train,) = parse([TrainConfig], [f"--config={path}"], "test")
+    assert train.max_steps == 3
+
+
+def test_a_file_of_another_encoding_or_with_a_wrong_env_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes("run_name: \xe9".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        parse(KINDS, ["--config", str(path)], "test")
+    path.write_text("env: 3\n")
+    with pytest.raises(ConfigError, match="env in .* must hold `NAME: value` lines"):
+        parse(KINDS, ["--config", str(path)], "test")
 
 
 def test_a_missing_config_file_is_named():

@@ -44,6 +44,25 @@ def test_other_scores_get_an_interval_of_about_two_standard_errors():
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.15)
 
 
+def test_clusters_that_always_agree_count_once():
+    # 40 numbers in 6 forms, all forms of a number right or wrong together: as wide as 40 independent scores
+    rng = np.random.default_rng(0)
+    numbers = rng.random(40) < 0.7
+    scores, clusters = np.repeat(numbers.astype(float), 6), [i for i in range(40) for _ in range(6)]
+    clustered, naive = mean_estimate(scores, clusters), mean_estimate(scores)
+    assert clustered.value == naive.value
+    assert (clustered.high - clustered.low) / (naive.high - naive.low) == pytest.approx(6**0.5, rel=0.15)
+    ones = mean_estimate(numbers.astype(float), list(range(40)))
+    assert (ones.high - ones.low) / (clustered.high - clustered.low) == pytest.approx(1.0, rel=0.15)
+
+
+def test_clusters_of_unequal_size_weigh_by_their_scores():
+    scores, clusters = np.array([0.0, 0.0, 0.0, 4.0]), ["a", "a", "a", "b"]
+    estimate = mean_estimate(scores, clusters)
+    assert estimate.value == 1.0  # the mean of scores, not of cluster means
+    assert (estimate.low, estimate.high) == (0.0, 4.0)  # only a's drawn, only b's drawn: 1/4 of draws each
+
+
 def test_pairing_removes_what_both_share():
     rng = np.random.default_rng(0)
     hard = rng.normal(0, 10, size=200)

@@ -1,6 +1,7 @@
 import io
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -83,18 +84,63 @@ def test_an_empty_parquet_is_refused(tmp_path):
         read_rows(DataConfig(dataset_name=str(tmp_path / "none.parquet")))
 
 
+def test_a_parquet_folder_gives_the_split_asked_for_and_no_other(tmp_path):
+    from prx_post.tiny.datasets import CaptionedPicture, write_parquet
+
+    for split in ("train", "test"):
+        rows = [CaptionedPicture(Image.new("RGB", (8, 6)), 1, split)]
+        write_parquet(iter(rows), tmp_path / "sets" / f"{split}-00000-of-00001.parquet")
+    for split in ("train", "test"):
+        assert read_rows(DataConfig(dataset_name=str(tmp_path / "sets"), dataset_split=split)).prompts == [split]
+    with pytest.raises(DataError, match="nonsense"):
+        read_rows(DataConfig(dataset_name=str(tmp_path / "sets"), dataset_split="nonsense"))
+
+
+def test_prompts_that_are_no_text_are_refused(tmp_path):
+    folder = folder_of(tmp_path, [("a.png", 472)])
+    with pytest.raises(DataError, match="prompt_column is 'prompt', which holds int64, but must hold text"):
+        read_rows(DataConfig(dataset_name=str(folder)))
+
+
+def test_pictures_are_turned_as_their_exif_says():
+    image = Image.new("RGB", (4, 2), "white")
+    image.putpixel((0, 0), (0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise: the top left corner is shown at the top right
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    assert image_size(buffer.getvalue()) == (4, 2)
+    shown = decode(buffer.getvalue())
+    assert shown.size == (2, 4)
+    assert shown.getpixel((1, 0)) == (0, 0, 0)
+
+
+def test_transparent_parts_are_white_and_sixteen_bits_are_scaled():
+    def encoded(image):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    assert decode(encoded(Image.new("RGBA", (1, 1), (0, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    grey = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
+    assert [decode(encoded(grey)).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
+
+
 @pytest.mark.parametrize("data", [b"", b"no picture", png()[:40]])
 def test_bytes_that_are_no_whole_picture_raise_oserror(data):
     with pytest.raises(OSError):  # noqa: PT011
         decode(data)
 
 
-def test_bad_rows_are_written_down_and_stop_the_run_only_above_their_allowed_share(tmp_path):
+def test_bad_rows_are_written_down_and_stop_the_run_only_above_their_allowed_share(tmp_path, capsys):
     path = tmp_path / "bad_rows.jsonl"
     bad = [BadRow(3, "c.png", "not a readable picture")]
     report_bad_rows(bad, total=100, max_bad_fraction=0.01, path=path)
+    assert f"1 of 100 rows left out, listed in {path}" in capsys.readouterr().out
     assert json.loads(path.read_text()) == {"row": 3, "name": "c.png", "reason": "not a readable picture"}
     with pytest.raises(DataError, match=r"1 of 99 rows .* max_bad_fraction is 0\.01.* c\.png: not a readable"):
         report_bad_rows(bad, total=99, max_bad_fraction=0.01, path=path)
     with pytest.raises(DataError, match="1 of 1 rows"):
         report_bad_rows(bad, total=1, max_bad_fraction=1.0, path=path)
+    report_bad_rows([], total=100, max_bad_fraction=0.01, path=path)
+    assert not path.exists()  # what an earlier try left is not this run's

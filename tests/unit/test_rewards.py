@@ -8,7 +8,8 @@ from PIL import Image
 
 from prx_post.config import PrxPostError
 from prx_post.rewards import base
-from prx_post.rewards.ocr import ctc_log_prob, greedy_text, wanted_text
+from prx_post.rewards.ctc import LOG_FLOOR, greedy_text, log_prob
+from prx_post.rewards.ocr import wanted_text
 from prx_post.tiny.pictures import write_number
 
 
@@ -31,7 +32,7 @@ def test_ctc_probability_is_the_sum_over_all_alignments():
         for path in itertools.product(range(3), repeat=3)
         if collapse(path) == "ab"
     )
-    assert ctc_log_prob(probabilities.log(), "ab", "ab") == pytest.approx(math.log(total) / 2, rel=1e-5)
+    assert log_prob(probabilities.log(), "ab", "ab") == pytest.approx(math.log(total) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,29 @@ def test_general_text_is_read_too():
     image = Image.new("RGB", (200, 48), "white")
     ImageDraw.Draw(image).text((8, 4), "Open late", fill="black", font=ImageFont.load_default(size=34))
     assert base.load("ocr_exact")([image], ['a sign that says "Open late"']).item() == 1.0
+
+
+def test_a_score_does_not_depend_on_the_other_prompts_of_the_call(real_handwriting):
+    images, prompts = real_handwriting
+    for name in ("ocr_exact", "ocr_graded"):
+        reward = base.load(name)
+        alone = reward(images[:2], prompts[:2])
+        among = reward(images[:3], [*prompts[:2], 'a sign that says "Open late"'])
+        assert torch.allclose(alone, among[:2], atol=1e-5)
+
+
+def test_a_text_too_long_for_the_picture_scores_the_floor_not_minus_infinity(real_handwriting):
+    images, _ = real_handwriting
+    score = base.load("ocr_graded")(images[:1], [f'"{"1" * 40}"']).item()
+    assert score == pytest.approx(LOG_FLOOR)
+
+
+def test_prompts_that_cannot_be_scored_are_found_before_any_picture():
+    with pytest.raises(PrxPostError, match="reads digits only"):
+        base.load("judge_exact").check(['a sign that says "open"'])
+    with pytest.raises(PrxPostError, match="cannot read '\\U0001fae0'"):
+        base.load("ocr_exact").check(['a sign that says "\U0001fae0"'])
+    base.load("ocr_exact").check(["472", 'a sign that says "open"'])
 
 
 def test_pictures_of_several_sizes_are_scored_in_their_order(real_handwriting):

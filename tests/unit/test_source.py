@@ -69,5 +69,32 @@ def test_the_global_batch_is_the_same_for_any_split_into_processes_and_micro_bat
         assert drawn == plan.draws(step)
 
 
+class _Rows:
+    @staticmethod
+    def image_bytes(row):
+        return b""
+
+
+def test_state_says_which_steps_are_all_out_and_a_new_source_goes_on_there(monkeypatch):
+    from prx_post.data.encoding import Sample
+
+    def source(start=0):
+        plan = DrawPlan(["a"] * 7, global_batch_size=4, seed=3, num_steps=5)
+        samples = [Sample(i, str(i), "a", "", "") for i in range(7)]
+        made = BatchSource(samples, _Rows(), None, _Encoders(), plan, micro_batch_size=2, num_steps=5)
+        made.load_state_dict({"step": start})
+        made._collate = lambda items: [item["sample"].row for item in items]
+        return made
+
+    first = source()
+    batches = iter(first)
+    seen = [next(batches) for _ in range(3)]  # a step is two micro-batches
+    assert first.state_dict() == {"step": 1}
+    seen.append(next(batches))
+    assert first.state_dict() == {"step": 2}
+    rest = list(source(first.state_dict()["step"]))
+    assert seen + rest == list(source())
+
+
 def test_a_source_restarted_at_a_step_continues_where_the_first_would():
     assert micro_batches(0, 1, 8, start=4) == micro_batches(0, 1, 8)[4:]

@@ -1,0 +1,34 @@
+"""Reading text from CTC output (Graves et al. 2006), shared by the OCR reward and the embedded judge."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Score = Callable[[Tensor, str, Sequence[str]], float]
+"""(log_probs [T, 1 + A] with blank first, text asked for, alphabet of A characters) -> score"""
+
+LOG_FLOOR = -23.025850929940457
+"""ln 1e-10, per character: a text that the columns cannot spell scores this rather than minus infinity."""
+
+
+def greedy_text(log_probs: Tensor, alphabet: Sequence[str]) -> str:
+    """The best path's text: repeats merged, blanks dropped."""
+    best = log_probs.argmax(-1).tolist()
+    kept = [c for i, c in enumerate(best) if c and (i == 0 or c != best[i - 1])]
+    return "".join(alphabet[c - 1] for c in kept)
+
+
+def exact(log_probs: Tensor, text: str, alphabet: Sequence[str]) -> float:
+    """1 if the best path reads exactly `text`, else 0."""
+    return float(greedy_text(log_probs, alphabet) == text)
+
+
+def log_prob(log_probs: Tensor, text: str, alphabet: Sequence[str]) -> float:
+    """ln P(text), summed over all alignments, per character of `text`; between LOG_FLOOR and 0."""
+    targets = torch.tensor([[alphabet.index(c) + 1 for c in text]])
+    lengths = torch.tensor([log_probs.shape[0]])
+    nll = torch.nn.functional.ctc_loss(
+        log_probs[:, None], targets, lengths, torch.tensor([len(text)]), reduction="none", zero_infinity=False
+    )
+    return max(-float(nll) / len(text), LOG_FLOOR)
