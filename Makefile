@@ -6,10 +6,12 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check benchmark clean
 
-# torch first and from the constraints, so that nothing else can pull a build for CUDA
+# torch first, so that nothing else chooses a build of it. On Linux pip's default build brings CUDA; to take another,
+# say where its wheels are: make demo TORCH_ARGS='--index-url <index of CPU wheels>'
+TORCH_ARGS ?=
 define install
 	$(PYTHON) -m venv $(1)
-	$(1)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(1)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH_ARGS) torch==2.13.0
 	$(1)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(2)]'
 	touch $(1)/installed
 endef
