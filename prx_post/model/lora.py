@@ -47,7 +47,7 @@ def save_adapter(peft_model: Any, folder: Path, card: str | None) -> None:
 
     peft's own README.md would hold a local path as a Python object; `card` takes its place.
     """
-    peft_model.save_pretrained(folder)
+    peft_model.save_pretrained(folder, save_embedding_layers=False)  # there are none; peft would ask the Hub
     (folder / "README.md").write_text(card or "")
 
 
