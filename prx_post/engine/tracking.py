@@ -53,7 +53,6 @@ class RunLog:
         self.path = output_dir / "metrics.jsonl"
         self.bar = tqdm(total=max_steps, desc=run_name, unit="step", disable=not self.is_main)
         if self.is_main:
-            output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         flat = {k: v if isinstance(v, int | float | str | bool) else json.dumps(v) for k, v in config.items()}
         named = {name: {"name": run_name} for name in NAMED_RUNS}

@@ -23,7 +23,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision="bf16" if config.bf16 else "no",
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=list(config.report_to) or None,  # type: ignore[arg-type]
-        project_config=ProjectConfiguration(config.output_dir, logging_dir=str(output_folder(config) / "logs")),
+        project_config=ProjectConfiguration(
+            str(output_folder(config)), logging_dir=str(output_folder(config) / "logs")
+        ),
     )
 
 
