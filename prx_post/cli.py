@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PrxPostError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: no pipeline was written by this command", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -75,9 +75,10 @@ def read_rows(config: DataConfig) -> PictureRows:
     if len(dataset) == 0:
         raise _no_rows(config.dataset_name)
     dataset = dataset.select_columns([config.image_column, config.prompt_column])  # so that no other picture is decoded
-    if dataset.features[config.prompt_column].dtype not in ("string", "large_string"):
+    prompt_kind = getattr(dataset.features[config.prompt_column], "dtype", "lists")
+    if prompt_kind not in ("string", "large_string"):
         raise DataError(
-            f"prompt_column is {config.prompt_column!r}, which holds {dataset.features[config.prompt_column].dtype}, "
+            f"prompt_column is {config.prompt_column!r}, which holds {prompt_kind}, "
             f"but must hold text. Choose another column."
         )
     try:

@@ -1,6 +1,7 @@
 """One small loop for every stage: accumulate, clip, step, average, log, sample."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ from prx_post.engine.tracking import RunLog
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    return Accelerator(
+    """Accelerate's object for this run. Raises PrxPostError if it does not see the processes that were launched."""
+    accelerator = Accelerator(
         mixed_precision="bf16" if config.bf16 else "no",
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=list(config.report_to) or None,  # type: ignore[arg-type]
@@ -27,6 +29,13 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             str(output_folder(config)), logging_dir=str(output_folder(config) / "logs")
         ),
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise PrxPostError(
+            f"WORLD_SIZE is {launched}, but accelerate runs {accelerator.num_processes} process, so that each would "
+            f"train alone and write over the others. Without GPUs, set ACCELERATE_USE_CPU=true."
+        )
+    return accelerator
 
 
 class Trainer:

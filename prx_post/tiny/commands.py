@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from prx_post.config import require_empty, require_installed
+from prx_post.config import make_folder, require_empty, require_installed
 
 
 def run(args: Sequence[str]) -> None:
@@ -24,7 +24,7 @@ def run(args: Sequence[str]) -> None:
     if options.command == "data":
         from prx_post.tiny.datasets import write_all
 
-        folder = require_empty(options.output_dir)
+        folder = make_folder(require_empty(options.output_dir))
         write_all(folder, options.seed)
     else:
         from pathlib import Path

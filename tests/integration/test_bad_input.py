@@ -56,6 +56,15 @@ def test_what_can_be_known_early_is_said_before_a_model_loads(picture_folder, tm
             train(*settings(picture_folder, warm_cache, **{"output_dir": tmp_path / "run", **changes}))
 
 
+def test_processes_that_do_not_see_each_other_are_an_error(picture_folder, tmp_path, warm_cache, monkeypatch):
+    from prx_post.config import PrxPostError
+
+    no_models(monkeypatch)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PrxPostError, match="WORLD_SIZE is 2, but accelerate runs 1 process"):
+        train(*settings(picture_folder, warm_cache, tmp_path / "run"))
+
+
 def test_an_output_dir_with_another_run_is_left_alone(picture_folder, tmp_path, warm_cache, monkeypatch):
     from prx_post.config import PrxPostError
 
