@@ -9,7 +9,7 @@ from prx_post.config import make_folder, require_empty, require_installed
 def run(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="prx-post tiny", description="The embedded world.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("data", "write its data sets"), ("build", "remake its weights (about 25 minutes)")):
+    for name, text in (("data", "write its data sets"), ("build", "remake its weights (tens of minutes on two cores)")):
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("--output_dir", required=True)
         command.add_argument("--seed", type=int, default=0)
