@@ -12,7 +12,7 @@ ALLOWED = {
     "objectives": {"objectives"},
     "model": {"model", "config", "flow", "sampling", "tiny"},
     "data": {"data", "model", "config", "flow", "parsing"},
-    "rewards": {"rewards", "config", "tiny"},
+    "rewards": {"rewards", "config", "tiny", "data", "parsing"},
     "engine": {"engine", "data", "config"},
     "generate": {"generate", "data", "model", "config", "flow", "sampling", "parsing"},
     "evaluation": {"evaluation", "generate", "rewards", "data", "model", "config", "tiny", "parsing"},

@@ -24,6 +24,17 @@ def exact(log_probs: Tensor, text: str, alphabet: Sequence[str]) -> float:
     return float(greedy_text(log_probs, alphabet) == text)
 
 
+def similarity(log_probs: Tensor, text: str, alphabet: Sequence[str]) -> float:
+    """1 - Levenshtein distance between the best path's text and `text` / characters of `text`, at least 0."""
+    read = greedy_text(log_probs, alphabet)
+    row = list(range(len(text) + 1))  # distances of read[:i] to every prefix of `text`
+    for i, letter in enumerate(read, start=1):
+        diagonal, row[0] = row[0], i
+        for j, wanted in enumerate(text, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != wanted))
+    return max(0.0, 1 - row[-1] / len(text))
+
+
 def log_prob(log_probs: Tensor, text: str, alphabet: Sequence[str]) -> float:
     """ln P(text), summed over all alignments, per character of `text`; between LOG_FLOOR and 0."""
     targets = torch.tensor([[alphabet.index(c) + 1 for c in text]])

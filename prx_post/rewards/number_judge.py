@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 
 from prx_post.config import PrxPostError, require_installed
+from prx_post.data.files import file_sha256
 from prx_post.rewards import ctc
 from prx_post.rewards.base import check_counts
 from prx_post.rewards.ocr import DIGITS, wanted_text
+from prx_post.tiny import JUDGE
 
 
 class NumberJudgeReward:
@@ -18,6 +20,7 @@ class NumberJudgeReward:
         from prx_post.tiny.judge import load_judge
 
         self._judge, self._score = load_judge(), score
+        self.identity = f"embedded judge {score.__name__}, {file_sha256(JUDGE)[:16]}"
 
     def check(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from prx_post.config import PrxPostError, require_installed
+from prx_post.data.files import file_sha256
 from prx_post.rewards import ctc
 from prx_post.rewards.base import check_counts
 
@@ -51,7 +52,9 @@ class Recogniser:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(_weights()), options, providers=["CPUExecutionProvider"])
+        weights = _weights()
+        self.version = f"{weights.name} {file_sha256(weights)[:16]}"
+        self._session = onnxruntime.InferenceSession(str(weights), options, providers=["CPUExecutionProvider"])
         listed = self._session.get_modelmeta().custom_metadata_map["character"].splitlines()
         self.characters = [*listed, " "]
         """Character i is column i + 1; column 0 is CTC's blank."""
@@ -95,6 +98,7 @@ class OCRReward:
 
     def __init__(self, score: ctc.Score) -> None:
         self._score, self._recogniser = score, shared_recogniser()
+        self.identity = f"ocr {score.__name__}, {self._recogniser.version}"
 
     def check(self, prompts: Sequence[str]) -> None:
         known = set(self._recogniser.characters)
@@ -118,6 +122,11 @@ class OCRReward:
                     log_probs, alphabet = self._recogniser.restrict(read, text)
                     scores[i] = self._score(log_probs, text, alphabet)
         return torch.tensor(scores)
+
+
+def similarity() -> OCRReward:
+    """1 - edit distance / length of the text asked for, at least 0; Flow-GRPO's text-rendering reward."""
+    return OCRReward(ctc.similarity)
 
 
 def exact_match() -> OCRReward:

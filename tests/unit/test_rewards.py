@@ -8,7 +8,8 @@ from PIL import Image
 
 from prx_post.config import PrxPostError
 from prx_post.rewards import base
-from prx_post.rewards.ctc import LOG_FLOOR, greedy_text, log_prob
+from prx_post.rewards.cache import CachedReward, ScoreCache
+from prx_post.rewards.ctc import LOG_FLOOR, greedy_text, log_prob, similarity
 from prx_post.rewards.ocr import wanted_text
 from prx_post.tiny.pictures import write_number
 
@@ -122,3 +123,157 @@ def test_unknown_names_and_unequal_counts_are_errors(real_handwriting):
     for name in ("ocr_exact", "judge_exact"):
         with pytest.raises(PrxPostError, match="got 3 pictures, but must get as many as prompts"):
             base.load(name)(images[:3], prompts[:2])
+
+
+def flat(count):
+    return [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(count)]
+
+
+class Redness:
+    """The red of a picture's first pixel; counts the pictures it was asked for."""
+
+    def __init__(self, identity="redness"):
+        self.identity, self.asked = identity, 0
+
+    def check(self, prompts):
+        if "blue" in prompts:
+            raise PrxPostError("blue cannot be scored")
+
+    def __call__(self, images, prompts):
+        self.asked += len(images)
+        return torch.tensor([float(image.getpixel((0, 0))[0]) for image in images])
+
+
+def test_ocr_similarity_is_one_minus_the_edit_distance_over_the_length():
+    def reading(text):
+        return torch.nn.functional.one_hot(torch.tensor([["-abcde".index(c) for c in text]])[0], 6).float().log()
+
+    # kitten -> sitting style, by hand: "abd" to "abcd" is one insertion of 4 letters; "e" to "abcd" is 4 edits
+    assert similarity(reading("ab-d"), "abcd", "abcde") == 0.75
+    assert similarity(reading("abcd"), "abcd", "abcde") == 1.0
+    assert similarity(reading("e---"), "abcd", "abcde") == 0.0
+    assert similarity(reading("abcdeabc"), "ab", "abcde") == 0.0  # 6 insertions of 2 letters, no less than 0
+
+
+def test_a_weighted_sum_keeps_the_parts():
+    total = base.WeightedSum({"a": Redness(), "b": Redness()}, [1.0, -0.5])
+    parts = total.parts(flat(3), ["x"] * 3)
+    assert list(parts) == ["a", "b"]
+    assert total.combine(parts).tolist() == total(flat(3), ["x"] * 3).tolist() == [0.0, 0.5, 1.0]
+    # 0, 1, 2: mean 1, population variance (1 + 0 + 1)/3
+    assert base.statistics(parts["a"]) == base.Statistics(1.0, pytest.approx((2 / 3) ** 0.5), 0.0, 2.0)
+    with pytest.raises(PrxPostError, match="blue"):
+        total.check(["blue"])
+    for weights in ([1.0], [1.0, math.nan]):
+        with pytest.raises(PrxPostError, match="reward_weights"):
+            base.WeightedSum({"a": Redness(), "b": Redness()}, weights)
+
+
+def test_scores_that_are_not_finite_or_too_few_are_refused():
+    for scores, message in (([1.0, math.nan], "gave nan for picture 1 of 2"), ([1.0], r"shape \(1,\) for 2 pictures")):
+        with pytest.raises(PrxPostError, match=message):
+            base.checked(torch.tensor(scores), "mine", 2)
+
+
+def test_a_cached_score_is_computed_once_per_picture_prompt_and_reward(tmp_path):
+    reward = Redness()
+    cached = CachedReward(reward, "redness", ScoreCache(tmp_path))
+    images = [*flat(3), *flat(1)]
+    assert cached(images, ["x"] * 4).tolist() == [0.0, 1.0, 2.0, 0.0]
+    assert reward.asked == 3
+    again = CachedReward(reward, "redness", ScoreCache(tmp_path))  # as another process
+    assert again(images[::-1], ["x"] * 4).tolist() == [0.0, 2.0, 1.0, 0.0]
+    assert reward.asked == 3
+    again(images[:1], ["y"])
+    again(images[:1], ["x"])
+    assert reward.asked == 4
+    other = Redness("other weights")
+    CachedReward(other, "redness", ScoreCache(tmp_path))(images[:1], ["x"])
+    assert other.asked == 1
+
+
+def test_a_torn_line_of_the_score_cache_costs_one_score(tmp_path):
+    reward = Redness()
+    CachedReward(reward, "redness", ScoreCache(tmp_path))(flat(3), ["x"] * 3)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-8])
+    again = CachedReward(reward, "redness", ScoreCache(tmp_path))
+    assert again(flat(3), ["x"] * 3).tolist() == [0.0, 1.0, 2.0]
+    assert reward.asked == 4
+    CachedReward(reward, "redness", ScoreCache(tmp_path))(flat(3), ["x"] * 3)
+    assert reward.asked == 4
+
+
+FUNCTIONS = """
+def plain(images, prompts):
+    return [float(i.width) for i in images]
+
+def trl(prompts, completions, target, **kwargs):
+    return [float(t) + len(kwargs) for t in target]
+
+def short(images, prompts):
+    return [0.0]
+
+def words(images, prompts):
+    return ["good"] * len(images)
+
+def odd(pictures):
+    return []
+"""
+
+
+@pytest.fixture
+def functions(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(FUNCTIONS)
+    return path
+
+
+def test_a_users_function_is_a_reward_in_either_convention(functions):
+    assert base.load(f"{functions}:plain")(flat(2), ["a", "b"]).tolist() == [4.0, 4.0]
+    columns = {"target": ["3", "5"], "group": ["x", "y"]}
+    assert base.load(f"{functions}:trl")(flat(2), ["a", "b"], columns).tolist() == [4.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("short", r"gave scores of shape \(1,\) for 2 pictures"),
+        ("words", "not a list of numbers"),
+        ("odd", r"takes \(pictures\), but must take \(images, prompts\)"),
+        ("gone", "has no function gone"),
+    ],
+)
+def test_a_function_that_is_no_reward_is_named(functions, name, message):
+    with pytest.raises(PrxPostError, match=message):
+        base.load(f"{functions}:{name}")(flat(2), ["a", "b"])
+
+
+def test_a_file_that_cannot_be_imported_is_named(tmp_path):
+    (tmp_path / "bad.py").write_text("def (:\n")
+    with pytest.raises(PrxPostError, match="cannot be imported"):
+        base.load(f"{tmp_path}/bad.py:score")
+    with pytest.raises(PrxPostError, match="there is no file"):
+        base.load("nowhere.py:score")
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "target"),
+    [
+        ("ocr", "ocr", "ocr"),
+        ("my/taste.py:score", "score", "my/taste.py:score"),
+        ("taste=my/taste.py:score", "taste", "my/taste.py:score"),
+        ("http://gpu:8000/hpsv2", "hpsv2", "http://gpu:8000/hpsv2"),
+        ("remote=https://gpu/a", "remote", "https://gpu/a"),
+    ],
+)
+def test_a_reward_is_written_as_a_name_a_function_or_a_url(text, label, target):
+    spec = base.RewardSpec.parse(text)
+    assert (spec.label, spec.target, spec.weights) == (label, target, None)
+
+
+def test_rewards_that_cannot_be_told_apart_or_take_no_weights_are_refused():
+    with pytest.raises(PrxPostError, match="distinctly named"):
+        base.parse_specs(["ocr", "http://gpu:8000/ocr"])
+    with pytest.raises(PrxPostError, match="ocr takes no weights"):
+        base.parse_specs(["ocr=somewhere"])
