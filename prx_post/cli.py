@@ -18,8 +18,8 @@ COMMANDS = {
     "tiny": ("prx_post.tiny.commands", "the embedded world: `tiny data` writes its data sets, `tiny build` remakes it"),
 }
 
-STAGES = ("sft",)
-"""Commands that train, and so may be launched on several processes."""
+LAUNCHED = ("sft", "eval")
+"""Commands that may run on several processes."""
 LAUNCH_FLAGS = (
     *("--accelerate_config", "--num_processes", "--num_machines", "--machine_rank"),
     *("--main_process_ip", "--main_process_port"),
@@ -34,8 +34,8 @@ commands:
 {commands}
 
 `prx-post <command> --help` lists a command's settings. Every setting may stand in the YAML file or on the command line.
-Training on several processes: add --num_processes N and --accelerate_config multi_gpu|zero1|zero2|zero3|FILE (and for
-several machines --num_machines, --machine_rank, --main_process_ip, --main_process_port); torchrun works as well.
+On several processes (sft, eval): add --num_processes N and --accelerate_config multi_gpu|zero1|zero2|zero3|FILE (and
+for several machines --num_machines, --machine_rank, --main_process_ip, --main_process_port); torchrun works as well.
 """
 
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         module = importlib.import_module(COMMANDS[command][0])
-        if command in STAGES and any(arg.split("=")[0] in LAUNCH_FLAGS for arg in rest):
+        if command in LAUNCHED and any(arg.split("=")[0] in LAUNCH_FLAGS for arg in rest):
             return importlib.import_module("prx_post.engine.launch").launch(command, rest, LAUNCH_FLAGS, module.check)
         module.run(rest)
     except PrxPostError as error:

@@ -1,5 +1,6 @@
 """Pictures from a checkpoint: the sampler that training, evaluation and `prx-post generate` share."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,18 @@ class Sampler:
     """bfloat16 autocast, for a transformer whose weights are float32 while it is trained so."""
 
     @torch.no_grad()
-    def latents(self, embeddings: Sequence[Tensor], null: Tensor, seeds: Sequence[int]) -> Tensor:
-        """One picture for each embedding and seed. Returns latents [B, C, H/f, W/f] fp32."""
+    def latents(
+        self,
+        embeddings: Sequence[Tensor],
+        null: Tensor,
+        seeds: Sequence[int],
+        record: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """One picture for each embedding and seed. Returns latents [B, C, H/f, W/f] fp32.
+
+        Args:
+            record: called with x_t and the (guided) velocity of every step, [B, C, H/f, W/f] each.
+        """
         dtype = next(self.transformer.parameters()).dtype
 
         def pad(embeds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -67,10 +78,17 @@ class Sampler:
 
         uncond = pad([null] * len(embeddings)) if self.guidance_scale > 1 else None
         velocity = guided(self.transformer, pad(embeddings), uncond, self.guidance_scale)
+
+        def step(x_t: Tensor, t: Tensor) -> Tensor:
+            predicted = velocity(x_t.to(dtype), t)
+            if record is not None:
+                record(x_t, predicted)
+            return predicted
+
         noise = seeded_noise(seeds, self.latent_shape).to(self.device)
         sigmas = inference_sigmas(self.scheduler, self.num_inference_steps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            return euler_sample(lambda x_t, t: velocity(x_t.to(dtype), t), noise, sigmas)
+            return euler_sample(step, noise, sigmas)
 
 
 def generate_images(
@@ -118,6 +136,9 @@ class DrawConfig:
             if getattr(self, name) is not None:
                 require_positive(self, name)
         require_guidance(self.guidance_scale)
+        for seed in self.seeds:
+            rule, reason = "from 0 to 2^31 - 1", "noise seeds are made of it"
+            require(0 <= seed < 2**31, "seeds", seed, rule, reason, "Choose other seeds")
 
 
 @dataclass
@@ -155,7 +176,10 @@ def existing_file(name: str, value: str) -> Path:
 
 
 def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process (by LOCAL_RANK, where a launcher set it), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def build_sampler(

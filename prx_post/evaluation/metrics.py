@@ -1,25 +1,37 @@
-"""Statistics of an evaluation: intervals, paired differences, Fréchet distance. Pure numpy and scipy.
+"""Statistics of scores: means, paired differences and win rates, with intervals. Pure numpy.
 
 Scores come in clusters (a number asked for in six forms, a prompt drawn from several seeds). Pictures of a cluster
-share what makes it hard, so intervals resample whole clusters.
+share what makes it hard, so intervals resample whole clusters, and none is given for fewer than MIN_CLUSTERS.
 """
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 Z_95 = 1.959963984540054
+MIN_CLUSTERS = 10
+"""With fewer, resampling clusters gives intervals that are clearly too narrow."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval."""
+    """A value with its 95 % interval, or without one where too little is known for it."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
+
+    def text(self, sign: str = "") -> str:
+        """As `0.817 [0.764, 0.869]`, or the value alone where there is no interval. `sign`: of a number format."""
+        if self.low is None or self.high is None:
+            return f"{self.value:{sign}.3f}"
+        return f"{self.value:{sign}.3f} [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
+
+    @property
+    def is_significant(self) -> bool:
+        """Of a difference: whether 0 lies outside its interval."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def mean_estimate(
@@ -30,12 +42,42 @@ def mean_estimate(
     Scores of 0 and 1 without clusters, or with one score in each, get Wilson's interval.
     """
     clusters = range(len(scores)) if clusters is None else clusters
-    value = float(scores.mean())
-    if len(set(clusters)) == len(scores) and np.isin(scores, (0.0, 1.0)).all():
-        interval = stats.binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
-        return Estimate(value, float(interval.low), float(interval.high))
+    value, count = float(scores.mean()), len(set(clusters))
+    if count < MIN_CLUSTERS:
+        return Estimate(value)
+    if count == len(scores) and np.isin(scores, (0.0, 1.0)).all():
+        return Estimate(value, *wilson_interval(value, count))
     low, high = np.percentile(_bootstrap_means(scores, clusters, resamples, seed), (2.5, 97.5))
     return Estimate(value, float(low), float(high))
+
+
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share out of `count` independent trials (Wilson 1927)."""
+    z2 = Z_95**2 / count
+    half = Z_95 * np.sqrt(share * (1 - share) / count + z2 / (4 * count))
+    centre = share + z2 / 2
+    return max(0.0, float((centre - half) / (1 + z2))), min(1.0, float((centre + half) / (1 + z2)))
+
+
+def win_rate(first: np.ndarray, second: np.ndarray, clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """Share of pairs in which `second` scores higher, a tie counting half, with Wilson's interval.
+
+    Wilson's number of trials is that of the pairs, divided by the design effect of their clusters (Kish 1965): the
+    variance of the share over clusters against that of independent pairs.
+
+    Args:
+        first, second: scores [N] of the same prompts and seeds, in the same order.
+    """
+    _require_pairs(first, second)
+    wins = (second > first) + 0.5 * (second == first)
+    share, number = float(wins.mean()), len(wins)
+    clusters = range(number) if clusters is None else clusters
+    sums, counts = _cluster_sums(wins, clusters)
+    if len(sums) < MIN_CLUSTERS:
+        return Estimate(share)
+    variance = ((sums - share * counts) ** 2).sum() / number**2 * len(sums) / (len(sums) - 1)
+    trials = min(number, share * (1 - share) / variance) if variance > 0 else len(sums)
+    return Estimate(share, *wilson_interval(share, trials))
 
 
 def paired_difference(
@@ -51,43 +93,29 @@ def paired_difference(
     Args:
         first, second: scores [N] of the same prompts and seeds, in the same order.
     """
-    if first.shape != second.shape:
-        raise ValueError(f"paired scores must have one shape, not {first.shape} and {second.shape}")
+    _require_pairs(first, second)
     difference = second - first
     clusters = range(len(difference)) if clusters is None else clusters
+    if len(set(clusters)) < MIN_CLUSTERS:
+        return Estimate(float(difference.mean()))
     low, high = np.percentile(_bootstrap_means(difference, clusters, resamples, seed), (2.5, 97.5))
     return Estimate(float(difference.mean()), float(low), float(high))
 
 
-def _bootstrap_means(values: np.ndarray, clusters: Sequence[Hashable], resamples: int, seed: int) -> np.ndarray:
-    """Means of `resamples` draws of clusters with replacement, each cluster whole."""
+def _require_pairs(first: np.ndarray, second: np.ndarray) -> None:
+    if first.shape != second.shape:
+        raise ValueError(f"paired scores must have one shape, not {first.shape} and {second.shape}")
+
+
+def _cluster_sums(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the values of each cluster."""
     number = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
     of_value = [number[cluster] for cluster in clusters]
-    sums, counts = np.bincount(of_value, weights=values), np.bincount(of_value)
+    return np.bincount(of_value, weights=values), np.bincount(of_value)
+
+
+def _bootstrap_means(values: np.ndarray, clusters: Sequence[Hashable], resamples: int, seed: int) -> np.ndarray:
+    """Means of `resamples` draws of clusters with replacement, each cluster whole."""
+    sums, counts = _cluster_sums(values, clusters)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
     return sums[drawn].sum(1) / counts[drawn].sum(1)
-
-
-def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
-    """FID's distance between Gaussians fitted to two sets of features, [N, D] and [M, D] (Heusel et al. 2017, eq. 6).
-
-    |mu_a - mu_b|² + tr(C_a + C_b - 2 (C_a C_b)^½); the trace of the root is the sum of the roots of C_a C_b's
-    eigenvalues, which are real and not negative because both factors are positive semi-definite.
-    """
-    mean_a, mean_b = features_a.mean(0), features_b.mean(0)
-    cov_a, cov_b = (np.atleast_2d(np.cov(f, rowvar=False)) for f in (features_a, features_b))
-    root_trace = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root_trace)
-
-
-def frechet_estimate(features: np.ndarray, reference: np.ndarray, *, resamples: int = 100, seed: int = 0) -> Estimate:
-    """Fréchet distance to a reference, ± 1.96 bootstrap standard deviations.
-
-    Not the percentile interval: resampling repeats pictures, which alone raises the distance. For the same reason,
-    compare distances of equally many pictures only.
-    """
-    value = frechet_distance(features, reference)
-    rng = np.random.default_rng(seed)
-    draws = [features[rng.integers(len(features), size=len(features))] for _ in range(resamples)]
-    spread = Z_95 * float(np.std([frechet_distance(draw, reference) for draw in draws]))
-    return Estimate(value, max(0.0, value - spread), value + spread)

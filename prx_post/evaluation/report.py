@@ -10,65 +10,147 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from prx_post.data.files import write_bytes
+from prx_post.evaluation.jobs import Job
+from prx_post.evaluation.pictures import Gallery
+from prx_post.evaluation.scoring import Scores
+from prx_post.evaluation.summary import KINDS, Slice
+
 GRID_ROWS = 24
 EXTREME_ROWS = 8
-MAX_SIDE = 512
+MAX_SIDE = 320
 """Pictures are scaled down to this for the page, pixels."""
+MAX_STRIP_SIDE = 128
+LOSSLESS_SIDE = 128
+"""Pictures no larger than this are PNGs in the page; larger ones JPEGs."""
+BINS = 24
 
 
-def data_uri(image: Image.Image) -> str:
-    image = image.copy()
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
+def data_uri(image: Image.Image, max_side: int = MAX_SIDE) -> str:
+    image = image.convert("RGB")
+    image.thumbnail((max_side, max_side))
+    kind = "png" if max(image.size) <= LOSSLESS_SIDE else "jpeg"
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, format=kind, quality=88)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def write_report(
     path: Path,
     summary: dict[str, Any],
-    jobs: Sequence[Any],
-    pictures: dict[str, list[Image.Image]],
-    scores: dict[str, dict[str, np.ndarray]],
+    parts: Sequence[Slice],
+    jobs: Sequence[Job],
+    galleries: Sequence[Gallery],
+    scores: Scores,
 ) -> None:
     """Render the page.
 
     Args:
         summary: what results.json holds.
-        jobs: what every checkpoint drew, with `prompt`, `group` and `noise_seed`.
-        pictures, scores: by checkpoint; in the order of `jobs`.
+        parts: all pictures first, then each slice.
+        jobs: what every checkpoint drew; `scores` are in their order.
     """
-    names = list(pictures)
-    ranking = next(iter(scores[names[0]]))
-
-    def row(index: int) -> dict[str, Any]:
-        cells = [
-            {"uri": data_uri(pictures[name][index]), "score": scores[name][ranking][index], "name": name}
-            for name in names
-        ]
-        job = jobs[index]
-        return {"prompt": job.prompt, "group": job.group, "seed": job.noise_seed, "cells": cells}
-
-    spread = np.unique(np.linspace(0, len(jobs) - 1, min(GRID_ROWS, len(jobs))).round().astype(int))
-    sections = [{"title": "Side by side", "note": "Evenly spread over the prompts.", "rows": [row(i) for i in spread]}]
-    if len(names) > 1:
-        change = scores[names[-1]][ranking] - scores[names[0]][ranking]
-        order = change.argsort(kind="stable")
-        better = [int(i) for i in order[::-1][:EXTREME_ROWS] if change[i] > 0]
-        worse = [int(i) for i in order[:EXTREME_ROWS] if change[i] < 0]
-        for title, chosen in ((f"Where {names[-1]} gains most", better), (f"Where {names[-1]} loses most", worse)):
-            note = f"By {ranking}, against {names[0]}. {len(chosen)} shown."
-            sections.append({"title": title, "note": note, "rows": [row(i) for i in chosen]})
+    names = [gallery.spec.name for gallery in galleries]
+    rewards = list(scores[names[0]])
+    tables = [(title, [part for part in parts if part.kind == kind]) for kind, title in KINDS.items()]
     page = (
         _environment()
         .get_template("report.html.j2")
-        .render(summary=summary, names=names, rewards=list(scores[names[0]]), sections=sections, ranking=ranking)
+        .render(
+            summary=summary,
+            names=names,
+            rewards=rewards,
+            metrics=list(summary["checkpoints"][names[0]]["metrics"]),
+            overall=parts[0],
+            tables=[(title, part) for title, part in tables if part],
+            histograms=[histogram(reward, scores) for reward in rewards],
+            sections=[section for section in _sections(jobs, galleries, scores) if section["rows"]],
+            strips=_strips(jobs[: summary["settings"]["trajectory_prompts"]], galleries),
+        )
     )
-    path.write_text(page)
+    write_bytes(path, page.encode("utf-8", "replace"))
+
+
+def histogram(reward: str, scores: Scores) -> dict[str, Any]:
+    """Shares of pictures by score, over bins that all checkpoints share; `curves` holds BINS shares each."""
+    finite = {name: by_reward[reward][np.isfinite(by_reward[reward])] for name, by_reward in scores.items()}
+    together = np.concatenate(list(finite.values()))
+    low, high = float(together.min()), float(together.max())
+    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+    curves = {name: np.histogram(values, edges)[0] / len(values) for name, values in finite.items()}
+    peak = max(float(curve.max()) for curve in curves.values())
+    ends = {"low": f"{round(low, 3) + 0.0:.4g}", "high": f"{round(high, 3) + 0.0:.4g}"}
+    return {"reward": reward, "peak": peak, "curves": curves, "outline": _outline(curves, peak), **ends}
+
+
+def _outline(curves: dict[str, np.ndarray], peak: float) -> dict[str, str]:
+    """Each curve as the points of a stepped polyline in a box of 240 × 80, the origin at its top left."""
+    points = {}
+    for name, curve in curves.items():
+        corners = [(0.0, 80.0)]
+        for i, share in enumerate(curve):
+            height = 80 * (1 - float(share) / peak)
+            corners += [(240 * i / BINS, height), (240 * (i + 1) / BINS, height)]
+        points[name] = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*corners, (240.0, 80.0)])
+    return points
+
+
+def _sections(jobs: Sequence[Job], galleries: Sequence[Gallery], scores: Scores) -> list[dict[str, Any]]:
+    """Groups of prompts side by side: an even choice; then, by the first reward, the extremes."""
+    names = [gallery.spec.name for gallery in galleries]
+    ranking = next(iter(scores[names[0]]), None)
+
+    def section(title: str, note: str, chosen: Sequence[int]) -> dict[str, Any]:
+        rows = [_row(jobs[i], i, galleries, scores, ranking) for i in chosen]
+        return {"title": title, "note": note, "rows": rows, "ranking": ranking}
+
+    spread = np.unique(np.linspace(0, len(jobs) - 1, min(GRID_ROWS, len(jobs))).round().astype(int)).tolist()
+    sections = [section("Side by side", "Evenly spread over the prompts.", spread)]
+    if ranking is None:
+        return sections
+    last = scores[names[-1]][ranking]
+    if len(names) > 1:
+        change = last - scores[names[0]][ranking]
+        for title, chosen in (("gains", _extremes(change, 1)), ("loses", _extremes(change, -1))):
+            note = f"By {ranking}, against {names[0]}."
+            sections.append(section(f"Where {names[-1]} {title} most", note, chosen))
+    for title, sign in (("Best", 1), ("Worst", -1)):
+        chosen = _extremes(last - np.nanmean(last), sign)
+        sections.append(section(f"{title} of {names[-1]}", f"By {ranking}.", chosen))
+    return sections
+
+
+def _extremes(values: np.ndarray, sign: int) -> list[int]:
+    """Positions of the EXTREME_ROWS largest values above 0 (`sign` 1), or of the smallest below it (-1)."""
+    signed = np.where(np.isfinite(values), sign * values, -np.inf)
+    return [int(i) for i in np.argsort(-signed, kind="stable")[:EXTREME_ROWS] if signed[i] > 0]
+
+
+def _row(job: Job, index: int, galleries: Sequence[Gallery], scores: Scores, ranking: str | None) -> dict[str, Any]:
+    cells = []
+    for gallery in galleries:
+        name = gallery.spec.name
+        value = float(scores[name][ranking][index]) if ranking else float("nan")
+        cells.append(
+            {"uri": data_uri(gallery.image(job)), "score": value if np.isfinite(value) else None, "name": name}
+        )
+    labels = [job.slices["set"], job.slices["group"], job.slices["language"], f"seed {job.seed}"]
+    return {"prompt": job.prompt, "labels": [label for label in labels if label], "cells": cells}
+
+
+def _strips(jobs: Sequence[Job], galleries: Sequence[Gallery]) -> list[dict[str, Any]]:
+    """Trajectories, by prompt and checkpoint: a picture for every sampler step."""
+    strips = []
+    for job in jobs:
+        for gallery in galleries:
+            uris = []
+            for path in gallery.trajectory(job):
+                with Image.open(path) as image:
+                    uris.append(data_uri(image, MAX_STRIP_SIDE))
+            strips.append({"name": gallery.spec.name, "prompt": job.prompt, "seed": job.seed, "uris": uris})
+    return strips
 
 
 def _environment() -> Environment:
     loader = PackageLoader("prx_post", "evaluation")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["interval"] = lambda e, sign="": f"{e.value:{sign}.3f} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]"
-    return environment
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -1,11 +1,15 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from prx_post.config import PrxPostError
 from prx_post.evaluation import evaluate
+from prx_post.evaluation.config import CheckpointSpec
+from prx_post.evaluation.jobs import spread_over_groups
+from prx_post.rewards import ocr
 from prx_post.tiny.datasets import prompt_set, write_folder, write_prompts
 from prx_post.tiny.world import FORMS
 from tests.conftest import numbered_pictures
@@ -21,62 +25,193 @@ def world(tmp_path_factory):
 
 
 def flags(world, output_dir, *more):
-    common = [
-        "--prompts_file",
-        world / "p.jsonl",
-        "--reference_dir",
-        world / "reference",
-        "--height",
-        32,
-        "--width",
-        64,
-    ]
+    common = ("--prompts_file", f"numbers={world / 'p.jsonl'}", "--height", 32, "--width", 64)
     return [str(f) for f in [*common, "--num_inference_steps", 4, "--output_dir", output_dir, *more]]
+
+
+def results_of(out):
+    return json.loads((out / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def evaluated(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("eval") / "out"
-    checkpoints = ["--checkpoints", "plain=tiny", "same=tiny"]
-    evaluate.run(flags(world, out, *checkpoints, "--num_prompts", 24, "--guidance_scale", 3, "--batch_size", 12))
-    return out, json.loads((out / "results.json").read_text())
+    evaluate.run(
+        flags(
+            *(world, out, "--checkpoints", "plain=tiny", "same=tiny", "rough=tiny?num_inference_steps=2"),
+            *("--num_prompts", 24, "--guidance_scale", 3, "--batch_size", 12, "--seeds", 0, 1),
+            *("--metrics", "fid=judge", "diversity=judge", "--reference_dir", world / "reference"),
+        )
+    )
+    return out, results_of(out)
 
 
-def test_results_hold_every_reward_with_an_interval_overall_and_by_group(evaluated):
+def test_results_hold_every_reward_and_metric_with_an_interval_overall_and_by_group(evaluated):
     _, results = evaluated
-    assert results["num_pictures"] == 24
+    assert results["num_pictures"] == 48
     plain = results["checkpoints"]["plain"]
     assert set(plain["rewards"]) == {"ocr_exact", "ocr_graded", "judge_exact", "judge_graded"}
-    for estimate in (*plain["rewards"].values(), plain["fid"]):
+    assert set(plain["metrics"]) == {"fid", "diversity"}
+    for estimate in (*plain["rewards"].values(), *plain["metrics"].values()):
         assert estimate["low"] <= estimate["value"] <= estimate["high"]
-    assert "odd" in plain["by_group"]
+    groups = {part["value"]: part for part in results["slices"] if part["kind"] == "group"}
+    assert set(groups) == {"odd", *FORMS}
+    # `odd` has one prompt: a mean, but too little for an interval
+    assert groups["odd"]["num_prompts"] == 1
+    assert groups["odd"]["means"]["plain"]["ocr_exact"]["low"] is None
     assert results["settings"]["guidance_scale"] == 3.0
     assert results["versions"]["torch"].startswith("2.")
+    assert plain["timing"]["images_per_second"] > 0
+    assert plain["timing"]["images_per_second"] * plain["timing"]["seconds_per_image"] == pytest.approx(1, rel=0.02)
 
 
 def test_a_checkpoint_against_itself_on_the_same_noise_differs_by_nothing(evaluated):
     out, results = evaluated
     for estimate in results["differences"]["same"].values():
         assert estimate == {"value": 0.0, "low": 0.0, "high": 0.0}
-    names = sorted(p.name for p in (out / "images" / "plain").iterdir())
-    assert len(names) == 24
+    for estimate in results["wins"]["same"].values():
+        assert estimate["value"] == 0.5
+    names = sorted(p.name for p in (out / "images" / "plain" / "numbers").iterdir())
+    assert len(names) == 48
     for name in names:
-        assert (
-            Image.open(out / "images" / "plain" / name).tobytes()
-            == Image.open(out / "images" / "same" / name).tobytes()
+        plain, same = (Image.open(out / "images" / run / "numbers" / name) for run in ("plain", "same"))
+        assert plain.tobytes() == same.tobytes()
+        assert plain.text["prompt"] == same.text["prompt"]
+
+
+def test_a_checkpoints_own_settings_are_its_alone(evaluated):
+    out, results = evaluated
+    steps = {name: result["num_inference_steps"] for name, result in results["checkpoints"].items()}
+    assert steps == {"plain": 4, "same": 4, "rough": 2}
+    (picture, *_) = sorted((out / "images" / "rough" / "numbers").iterdir())
+    assert Image.open(picture).text["num_inference_steps"] == "2"
+    assert results["differences"]["rough"]["judge_graded"]["value"] < 0
+
+
+def test_the_last_step_of_a_trajectory_is_the_picture_itself(evaluated):
+    out, results = evaluated
+    folders = sorted((out / "trajectories" / "plain" / "numbers").iterdir())
+    assert len(folders) == results["settings"]["trajectory_prompts"] == 2
+    for folder in folders:
+        steps = [np.asarray(Image.open(path), int) for path in sorted(folder.iterdir())]
+        assert len(steps) == 4
+        final = np.asarray(Image.open(out / "images" / "plain" / "numbers" / f"{folder.name}.png"), int)
+        assert abs(steps[-1] - final).max() <= 1
+        assert abs(steps[0] - final).mean() > 2
+
+
+def test_a_second_run_draws_and_scores_nothing_again_and_takes_a_further_checkpoint(world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    common = ("--num_prompts", 12, "--guidance_scale", 3, "--rewards", "ocr_exact", "--batch_size", 6)
+    evaluate.run(flags(world, out, "--checkpoints", "a=tiny", *common))
+    first, files = results_of(out), sorted((out / "images" / "a" / "numbers").iterdir())
+    stamps = [path.stat().st_mtime_ns for path in files]
+    scored = []
+    read = ocr.OCRReward.__call__
+    monkeypatch.setattr(ocr.OCRReward, "__call__", lambda self, *given: scored.append(given) or read(self, *given))
+    evaluate.run(flags(world, out, "--checkpoints", "a=tiny", *common))
+    again = results_of(out)
+    assert (scored, [path.stat().st_mtime_ns for path in files]) == ([], stamps)
+    assert again["checkpoints"]["a"]["timing"] == first["checkpoints"]["a"]["timing"]
+    assert again["checkpoints"]["a"]["rewards"] == first["checkpoints"]["a"]["rewards"]
+
+    evaluate.run(flags(world, out, "--checkpoints", "a=tiny", "b=tiny?guidance_scale=1", *common))
+    assert sum(len(images) for images, _ in scored) == 12  # b's
+    assert [path.stat().st_mtime_ns for path in files] == stamps
+    with pytest.raises(PrxPostError, match=r"drawn with guidance_scale 3\.0, but now guidance_scale is 2\.0"):
+        evaluate.run(flags(world, out, "--checkpoints", "a=tiny?guidance_scale=2", *common))
+
+
+def test_a_broken_off_run_goes_on_and_ends_with_the_same_pictures(world, tmp_path):
+    common = ("--checkpoints", "a=tiny", "--num_prompts", 12, "--rewards", "ocr_exact", "--batch_size", 4)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for out in (whole, broken):
+        evaluate.run(flags(world, out, *common))
+    folder = broken / "images" / "a" / "numbers"
+    first, second, *_ = sorted(folder.iterdir())
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:200])  # as a full disk would leave it
+    (broken / "results.json").unlink()
+    evaluate.run(flags(world, broken, *common))
+    for path in sorted((whole / "images" / "a" / "numbers").iterdir()):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+    assert results_of(whole)["checkpoints"]["a"]["rewards"] == results_of(broken)["checkpoints"]["a"]["rewards"]
+
+
+def test_what_was_drawn_and_scored_is_kept_when_a_reward_fails(world, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def score(images, prompts):\n    return [float('nan')] * len(images)\n")
+    common = ("--checkpoints", "a=tiny", "--num_prompts", 6)
+    with pytest.raises(PrxPostError, match="the reward score gave nan for picture 0 of 6"):
+        evaluate.run(flags(world, tmp_path / "out", *common, "--rewards", "ocr_exact", f"{mine}:score"))
+    assert len(list((tmp_path / "out" / "images" / "a" / "numbers").glob("*.png"))) == 6
+    assert sum(len(path.read_text().splitlines()) for path in (tmp_path / "out" / "scores").iterdir()) == 6
+    mine.write_text("def score(images, prompts):\n    return [1.0] * len(images)\n")
+    evaluate.run(flags(world, tmp_path / "out", *common, "--rewards", "ocr_exact", f"{mine}:score"))
+    assert results_of(tmp_path / "out")["checkpoints"]["a"]["rewards"]["score"]["value"] == 1.0
+
+
+def test_sets_lengths_and_languages_are_reported_apart_and_a_reward_scores_the_sets_it_can(world, tmp_path, capsys):
+    words = tmp_path / "words.jsonl"
+    rows = [
+        {"prompt": "a red cube", "language": "en"},
+        {"prompt": "ein roter Wuerfel", "language": "de"},
+        {"prompt": " ".join(["a very long description"] * 11), "language": "en"},
+    ]
+    words.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "def score(prompts, completions, language, **columns):\n"
+        "    return [{'en': 1.0, 'de': 2.0, None: 3.0}[name] for name in language]\n"
+    )
+    out = tmp_path / "out"
+    evaluate.run(
+        flags(
+            *(world, out, "--checkpoints", "a=tiny", "b=tiny", "--num_prompts", 12, "--num_inference_steps", 1),
+            *("--prompts_file", f"numbers={world / 'p.jsonl'}", words, "--rewards", "ocr_exact", f"{mine}:score"),
         )
+    )
+    results = results_of(out)
+    assert results["rewards_score"] == {"ocr_exact": ["numbers"], "score": ["numbers", "words"]}
+    assert "ocr_exact does not score words" in capsys.readouterr().out
+    parts = {(part["kind"], part["value"]): part for part in results["slices"]}
+    assert {value for kind, value in parts if kind == "length"} == {"short", "long"}
+    assert parts["length", "long"]["num_prompts"] == 1
+    assert parts["language", "de"]["means"]["a"] == {"score": {"value": 2.0, "low": None, "high": None}}
+    assert parts["set", "words"]["means"]["a"]["score"]["value"] == pytest.approx(4 / 3)
+    assert "ocr_exact" not in parts["set", "words"]["differences"]["b"]
+    assert results["checkpoints"]["a"]["rewards"]["score"]["value"] == pytest.approx((12 * 3 + 4) / 15)
+    assert ("group", "numbers: fr") in parts
 
 
-def test_a_part_of_the_prompts_spans_every_group_alike():
+def test_no_rewards_at_all_still_gives_pictures_and_a_report(world, tmp_path):
+    out = tmp_path / "out"
+    evaluate.evaluate(
+        evaluate.EvalConfig(
+            checkpoints=["tiny"],
+            prompts_file=[str(world / "p.jsonl")],
+            num_prompts=3,
+            rewards=[],
+            num_inference_steps=1,
+            height=32,
+            width=64,
+            output_dir=str(out),
+        )
+    )
+    assert results_of(out)["checkpoints"]["tiny"]["rewards"] == {}
+    assert (out / "report.html").read_text().count("<img") >= 3
+
+
+def test_a_part_of_the_prompts_spans_every_group_and_asks_for_as_many_things_as_it_can():
     rows = prompt_set("test")
-    chosen = evaluate.spread_over_groups(rows, 90)
+    chosen = [rows[i] for i in spread_over_groups(rows, 90)]
     targets = {form: [row["target"] for row in chosen if row["group"] == form] for form in FORMS}
     assert {len(t) for t in targets.values()} == {15}
-    assert len({tuple(t) for t in targets.values()}) == 1  # the same numbers in every form
-    assert targets["it"][0] == rows[0]["target"]
-    assert targets["it"][-1] == rows[-1]["target"]
-    assert evaluate.spread_over_groups(rows, len(rows)) == rows
-    assert len(evaluate.spread_over_groups(rows, 100)) == 100
+    assert len({target for t in targets.values() for target in t}) == 90  # another number every time
+    assert spread_over_groups(rows, len(rows)) == list(range(len(rows)))
+    assert len(spread_over_groups(rows, 100)) == 100
+    halves = spread_over_groups([{"prompt": "x"}] * 10, 5)
+    assert halves == [0, 2, 4, 6, 8]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +225,21 @@ def test_a_part_of_the_prompts_spans_every_group_alike():
     ],
 )
 def test_checkpoints_are_named_by_what_stands_before_the_sign_or_by_their_folder(given, name, path):
-    config = evaluate.EvalConfig(checkpoints=[given], prompts_file="p", output_dir="o")
-    assert config.named_checkpoints() == [(name, path)]
+    spec = CheckpointSpec.parse(given, 28, 5.0)
+    assert (spec.name, spec.source, spec.num_inference_steps, spec.guidance_scale) == (name, path, 28, 5.0)
+
+
+def test_a_checkpoints_settings_follow_a_question_mark():
+    spec = CheckpointSpec.parse("student=runs/s/final?num_inference_steps=8&guidance_scale=1", 28, 5.0)
+    assert spec == CheckpointSpec("student", "runs/s/final", 8, 1.0)
+    for query, message in (
+        ("steps=8", "must be one of num_inference_steps, guidance_scale"),
+        ("num_inference_steps=many", "must be a number"),
+        ("guidance_scale=0.5", "guidance_scale is 0.5, but must be 1 or more"),
+        ("num_inference_steps=0", "num_inference_steps is 0, but must be above 0"),
+    ):
+        with pytest.raises(PrxPostError, match=message):
+            CheckpointSpec.parse(f"runs/s/final?{query}", 28, 5.0)
 
 
 def test_the_report_is_one_file_that_fetches_nothing_and_escapes_prompts(evaluated):
@@ -101,8 +249,7 @@ def test_the_report_is_one_file_that_fetches_nothing_and_escapes_prompts(evaluat
     assert "http" not in page
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert page.count("<img") >= 48
-    assert "plain against same" in page
+    assert "plain against same against rough" in page
 
 
 @pytest.mark.parametrize(
@@ -112,10 +259,16 @@ def test_the_report_is_one_file_that_fetches_nothing_and_escapes_prompts(evaluat
         (["--checkpoints", "a=tiny", "a=tiny"], "distinctly named"),
         (["--checkpoints", "a=./nowhere"], "there is no such folder"),
         (["--checkpoints", "tiny", "--prompts_file", "none"], "there is no such file"),
-        (["--checkpoints", "tiny", "--reference_dir", "none"], "has 0 pictures, but must have two or more"),
+        (["--checkpoints", "tiny", "--metrics", "fid=judge", "--reference_dir", "none"], "must have two or more"),
+        (["--checkpoints", "tiny", "--metrics", "fid=judge"], "Set reference_dir"),
+        (["--checkpoints", "tiny", "--reference_dir", "none"], "no metric uses it"),
+        (["--checkpoints", "tiny", "--metrics", "taste"], "metrics is 'taste', but must be one of"),
+        (["--checkpoints", "tiny", "--metrics", "diversity=judge"], "Give two seeds or more"),
+        (["--checkpoints", "tiny", "--metrics", "diversity=./none", "--seeds", "0", "1"], "is no folder"),
         (["--checkpoints", "tiny", "--num_prompts", "0"], "num_prompts"),
-        (["--checkpoints", "tiny", "--num_prompts", "1"], "FID needs two or more pictures"),
+        (["--checkpoints", "tiny", "--seeds", "-1"], "seeds is -1, but must be from 0"),
         (["--checkpoints", "tiny", "--height", "-32"], "height is -32, but must be above 0"),
+        (["--checkpoints", "tiny", "--rewards", "http://127.0.0.1:9/ocr"], "127.0.0.1:9"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_drawn(world, tmp_path, more, message):
@@ -144,7 +297,9 @@ def test_an_earlier_evaluation_is_left_alone(world, evaluated):
     out, _ = evaluated
     before = (out / "results.json").read_bytes()
     with pytest.raises(PrxPostError, match="must be new or empty"):
-        evaluate.run(flags(world, out, "--checkpoints", "tiny"))
+        evaluate.run(flags(world, out.parent, "--checkpoints", "tiny"))
+    with pytest.raises(PrxPostError, match="were drawn with num_inference_steps 4, but now"):
+        evaluate.run(flags(world, out, "--checkpoints", "plain=tiny?num_inference_steps=5"))
     assert (out / "results.json").read_bytes() == before
 
 

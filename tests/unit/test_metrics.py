@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from scipy import stats
 
-from prx_post.evaluation.metrics import frechet_distance, frechet_estimate, mean_estimate, paired_difference
+from prx_post.evaluation.distances import diversity, frechet_distance, frechet_estimate, mmd_estimate
+from prx_post.evaluation.metrics import Estimate, mean_estimate, paired_difference, wilson_interval, win_rate
 
 
 def test_frechet_distance_of_two_lines_by_hand():
@@ -57,10 +59,13 @@ def test_clusters_that_always_agree_count_once():
 
 
 def test_clusters_of_unequal_size_weigh_by_their_scores():
-    scores, clusters = np.array([0.0, 0.0, 0.0, 4.0]), ["a", "a", "a", "b"]
+    # 10 clusters of three 0s and 10 of one 4: the mean of scores is 40/40, that of cluster means would be 2
+    scores = np.array([0.0] * 30 + [4.0] * 10)
+    clusters = [i // 3 for i in range(30)] + list(range(10, 20))
     estimate = mean_estimate(scores, clusters)
-    assert estimate.value == 1.0  # the mean of scores, not of cluster means
-    assert (estimate.low, estimate.high) == (0.0, 4.0)  # only a's drawn, only b's drawn: 1/4 of draws each
+    assert estimate.value == 1.0
+    assert estimate.low < 0.6
+    assert 1.5 < estimate.high < 2.5
 
 
 def test_pairing_removes_what_both_share():
@@ -71,3 +76,83 @@ def test_pairing_removes_what_both_share():
     assert difference.high < 1.03
     with pytest.raises(ValueError, match="one shape"):
         paired_difference(hard, hard[:-1])
+
+
+def test_fewer_than_ten_clusters_get_no_interval():
+    scores = np.arange(27.0)
+    for count in (1, 9):
+        clusters = [i % count for i in range(27)]
+        assert mean_estimate(scores, clusters) == Estimate(13.0)
+        assert paired_difference(scores, scores + 1, clusters) == Estimate(1.0)
+        assert win_rate(scores, scores + 1, clusters) == Estimate(1.0)
+    assert mean_estimate(scores, [i % 10 for i in range(27)]).low is not None
+    assert not Estimate(1.0).is_significant
+    assert Estimate(1.0).text() == "1.000"
+
+
+@pytest.mark.parametrize(("wins", "of"), [(0, 20), (7, 10), (50, 50), (123, 400)])
+def test_wilsons_interval_is_scipys(wins, of):
+    expected = stats.binomtest(wins, of).proportion_ci(method="wilson")
+    assert wilson_interval(wins / of, of) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_a_tie_is_half_a_win():
+    first, second = np.zeros(40), np.array([1.0] * 20 + [0.0] * 10 + [-1.0] * 10)
+    estimate = win_rate(first, second)
+    assert estimate.value == 25 / 40
+    independent = stats.binomtest(25, 40).proportion_ci(method="wilson")
+    assert (estimate.low, estimate.high) == pytest.approx((independent.low, independent.high), abs=1e-3)
+    assert win_rate(second, first).value == pytest.approx(1 - estimate.value)
+
+
+def test_wins_of_clusters_that_always_agree_count_once():
+    # 40 clusters of 6 pairs, all six won or lost together: the variance, and so Wilson's width, of 40 pairs
+    rng = np.random.default_rng(0)
+    won = rng.random(40) < 0.6
+    first, second = np.zeros(240), np.repeat(np.where(won, 1.0, -1.0), 6)
+    clustered = win_rate(first, second, [i for i in range(40) for _ in range(6)])
+    alone = win_rate(np.zeros(40), np.where(won, 1.0, -1.0))
+    assert clustered.value == pytest.approx(alone.value)
+    assert clustered.low == pytest.approx(alone.low, abs=0.01)
+    assert clustered.high == pytest.approx(alone.high, abs=0.01)
+    assert win_rate(first, np.ones(240), [i // 6 for i in range(240)]).low == pytest.approx(wilson_interval(1.0, 40)[0])
+
+
+def unit_rows(values):
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def test_mmd_is_the_double_sum_of_its_definition():
+    rng = np.random.default_rng(0)
+    a, b = unit_rows(rng.normal(size=(12, 5))), unit_rows(rng.normal(0.5, 1, size=(15, 5)))
+
+    def mean_kernel(x, y):
+        total = 0.0
+        for row in x:
+            for other in y:
+                total += np.exp(-sum((p - q) ** 2 for p, q in zip(row, other, strict=True)) / 200)
+        return total / (len(x) * len(y))
+
+    expected = 1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b))
+    estimate = mmd_estimate(a, b)
+    assert estimate.value == pytest.approx(expected, rel=1e-6)
+    assert estimate.low < estimate.value < estimate.high
+    assert mmd_estimate(a, a).value == pytest.approx(0.0, abs=1e-9)
+
+
+def test_mmd_of_two_opposite_points_by_hand():
+    # |a - b|² = 4, so 1000·(1 + 1 - 2·exp(-4/200)) = 2000·(1 - exp(-0.02)) = 39.6027
+    assert mmd_estimate(np.array([[1.0, 0.0]]), np.array([[-1.0, 0.0]])).value == pytest.approx(39.6027, abs=1e-3)
+
+
+def test_diversity_is_the_mean_cosine_distance_within_a_prompt():
+    # prompt a: 0° and 90° (distance 1); b: 0°, 180°, 0° (pairs 2, 0, 2: mean 4/3); c has one picture
+    features = np.array([[1, 0], [0, 2], [1, 0], [-3, 0], [1, 0], [0, 1]], float)
+    assert diversity(features, ["a", "a", "b", "b", "b", "c"]).value == pytest.approx((1 + 4 / 3) / 2)
+    assert diversity(np.ones((6, 2)), ["a", "a", "b", "b", "b", "c"]).value == pytest.approx(0.0, abs=1e-12)
+
+
+def test_wide_features_get_a_distance_without_an_interval():
+    rng = np.random.default_rng(0)
+    estimate = frechet_estimate(rng.normal(size=(20, 600)), rng.normal(size=(20, 600)))
+    assert estimate.low is None

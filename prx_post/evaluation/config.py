@@ -1,0 +1,145 @@
+"""Settings of `prx-post eval`: checkpoints × prompt sets × scorers."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from prx_post.config import (
+    ConfigError,
+    doc,
+    require,
+    require_guidance,
+    require_one_of,
+    require_positive,
+)
+from prx_post.evaluation.features import NEEDS_REFERENCE, MetricSpec
+from prx_post.generate import DrawConfig
+from prx_post.model.checkpoint import DTYPES
+from prx_post.rewards.base import parse_specs
+
+SETTINGS = {"num_inference_steps": int, "guidance_scale": float}
+"""What may differ from checkpoint to checkpoint, and its type."""
+
+
+@dataclass(frozen=True)
+class CheckpointSpec:
+    """A checkpoint as it is written in a configuration: `name=folder or Hub id?num_inference_steps=8&...`."""
+
+    name: str
+    source: str
+    num_inference_steps: int
+    guidance_scale: float
+
+    @classmethod
+    def parse(cls, text: str, num_inference_steps: int, guidance_scale: float) -> "CheckpointSpec":
+        """Without a name, a path's last part, or the one before it if that is `final`.
+
+        Raises ConfigError for a setting that is unknown or out of range.
+        """
+        located, _, query = text.partition("?")
+        named = re.fullmatch(r"([\w-][\w.-]*)=(.+)", located)
+        name, source = (named[1], named[2]) if named else (_name_of(located), located)
+        spec = cls(name, source, num_inference_steps, guidance_scale)
+        for key, value in parse_qsl(query, keep_blank_values=True):
+            require_one_of(f"a setting of checkpoint {name}", key, tuple(SETTINGS))
+            try:
+                changed: dict[str, Any] = {key: SETTINGS[key](value)}
+            except ValueError as error:
+                raise ConfigError(f"{key} of checkpoint {name} is {value!r}, but must be a number.") from error
+            spec = replace(spec, **changed)
+        require_guidance(spec.guidance_scale)
+        require_positive(spec, "num_inference_steps")
+        return spec
+
+
+def _name_of(path: str) -> str:
+    parts = [part for part in Path(path).parts if part != "final"]
+    return parts[-1] if parts else "final"
+
+
+@dataclass
+class EvalConfig(DrawConfig):
+    """Checkpoints, prompts and scorers. The first checkpoint is what the others are compared with."""
+
+    checkpoints: list[str] = doc(
+        "`name=folder or Hub id`, one or more; the first is the baseline. Settings of one alone follow a question "
+        "mark: `student=runs/student/final?num_inference_steps=8&guidance_scale=1`.",
+        [],
+    )
+    prompts_file: list[str] = doc(
+        "Prompt sets, `name=file` each: JSON lines with `prompt` and, optionally, `group`, `language`, and `target` or "
+        "`scene` (what prompts that are not independent share).",
+        [],
+    )
+    num_prompts: int | None = doc("Use this many prompts of each set, spread evenly over it; null: all.", None)
+    rewards: list[str] = doc(
+        "Scorers: names, `module.py:function`, or addresses of a reward server; `label=...` names one.",
+        ["ocr_exact", "ocr_graded", "judge_exact", "judge_graded"],
+    )
+    reward_batch_size: int = doc("Pictures that a scorer with a model takes at a time.", 16)
+    reward_dtype: str = doc("Precision of the scorers' and encoders' models: `float32` or `bfloat16`.", "float32")
+    metrics: list[str] = doc(
+        "Of all pictures together: `fid`, `cmmd`, `dino_mmd` against reference_dir, and `diversity` within a prompt; "
+        "`fid=ENCODER` names another encoder (`judge`, the embedded one; `inception`; a folder or Hub id of a CLIP or "
+        "DINOv2 model).",
+        [],
+    )
+    reference_dir: str | None = doc("Real pictures, which fid, cmmd and dino_mmd compare with.", None)
+    judge: str | None = doc("A YAML file of a vision-language judge for win rates; null: rewards alone.", None)
+    long_prompt_words: int = doc("Prompts of this many words or more are reported apart, as long.", 40)
+    trajectory_prompts: int = doc("Prompts of which every checkpoint's picture is shown at each step.", 2)
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_file", "checkpoints", "rewards", "metrics"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        super().__post_init__()
+        for name in ("checkpoints", "prompts_file"):
+            value = getattr(self, name)
+            require(bool(value), name, value, "set", "an evaluation needs it", f"Set {name}")
+        if self.num_prompts is not None:
+            require_positive(self, "num_prompts")
+        require_positive(self, "reward_batch_size", "long_prompt_words")
+        value = self.trajectory_prompts
+        require(
+            value >= 0, "trajectory_prompts", value, "0 or more", "it is a number of prompts", "Set it to 0 for none"
+        )
+        require_one_of("reward_dtype", self.reward_dtype, tuple(DTYPES))
+        parse_specs(self.rewards)
+        self._check_metrics()
+        _require_distinct("checkpoints", [spec.name for spec in self.checkpoint_specs()])
+        _require_distinct("prompts_file", [name for name, _ in self.prompt_sets()])
+
+    def _check_metrics(self) -> None:
+        specs = self.metric_specs()
+        _require_distinct("metrics", [spec.metric for spec in specs])
+        comparing = [spec.metric for spec in specs if spec.metric in NEEDS_REFERENCE]
+        if comparing and self.reference_dir is None:
+            raise ConfigError(f"metrics has {comparing[0]!r}, which compares with real pictures. Set reference_dir.")
+        if self.reference_dir is not None and not comparing:
+            listed = ", ".join(NEEDS_REFERENCE)
+            raise ConfigError(f"reference_dir is set, but no metric uses it. Add one of {listed} to metrics.")
+        if any(spec.metric == "diversity" for spec in specs) and len(set(self.seeds)) < 2:
+            raise ConfigError(f"metrics has 'diversity', but seeds is {self.seeds}. Give two seeds or more.")
+
+    def checkpoint_specs(self) -> list[CheckpointSpec]:
+        return [CheckpointSpec.parse(text, self.num_inference_steps, self.guidance_scale) for text in self.checkpoints]
+
+    def prompt_sets(self) -> list[tuple[str, str]]:
+        """(name, file) of each; without a name, the file's without its ending."""
+        pairs = []
+        for given in self.prompts_file:
+            named = re.fullmatch(r"([\w-][\w.-]*)=(.+)", given)
+            pairs.append((named[1], named[2]) if named else (Path(given).stem, given))
+        return pairs
+
+    def metric_specs(self) -> list[MetricSpec]:
+        return [MetricSpec.parse(text) for text in self.metrics]
+
+
+def _require_distinct(field: str, names: Sequence[str]) -> None:
+    action = "Write them as name=... with different names"
+    require(len(set(names)) == len(names), field, list(names), "distinctly named", "names label results", action)

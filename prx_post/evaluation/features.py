@@ -1,0 +1,184 @@
+"""Encoders of pictures into features, and which of them a metric uses."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prx_post.config import PrxPostError, require_installed, require_one_of
+from prx_post.model.checkpoint import DTYPES
+
+NEEDS_REFERENCE = ("fid", "cmmd", "dino_mmd")
+METRICS = {
+    "fid": "inception",
+    "cmmd": "openai/clip-vit-large-patch14-336",
+    "dino_mmd": "facebook/dinov2-with-registers-large",
+    "diversity": "facebook/dinov2-with-registers-large",
+}
+"""Each metric and its usual encoder; those of the first three are what PRX's makers report with."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    metric: str
+    encoder: str
+
+    @classmethod
+    def parse(cls, text: str) -> "MetricSpec":
+        """`fid`, or `fid=encoder`. Raises ConfigError for another metric."""
+        metric, _, encoder = text.partition("=")
+        require_one_of("metrics", metric, tuple(METRICS))
+        return cls(metric, encoder or METRICS[metric])
+
+
+class Encoder(Protocol):
+    """Pictures to features. Making one checks what it needs; its model loads at the first call."""
+
+    def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Features [B, D] fp32 of pictures of any size."""
+
+
+class JudgeEncoder:
+    """The embedded world's judge: the mean of its column features, 64 wide."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
+        require_installed("mlxtend", "the embedded judge", "demo")
+
+    def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
+        from prx_post.tiny.judge import judge_features
+
+        return judge_features(images).numpy()
+
+
+class InceptionEncoder:
+    """InceptionV3's pooled features, 2,048 wide, as FID is defined on them, by torch-fidelity.
+
+    It resizes to 299×299 as TensorFlow did, on which published figures depend.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
+        require_installed("torchvision", "FID on InceptionV3 (torch-fidelity)", "fid")
+        require_installed("torch_fidelity", "FID on InceptionV3", "fid")
+        self._device, self._batch_size = device, batch_size
+
+    @cached_property
+    def _model(self) -> Any:
+        from torch_fidelity import FeatureExtractorInceptionV3
+
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(self._device)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
+        found = []
+        for image in images:  # one at a time, for they may differ in size
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
+            found.append(self._model(pixels.to(self._device))[0].float().cpu().numpy())
+        return np.concatenate(found)
+
+
+VISION_MODELS = {
+    "clip": ("CLIPVisionModelWithProjection", CLIP_MEAN, CLIP_STD),
+    "clip_vision_model": ("CLIPVisionModelWithProjection", CLIP_MEAN, CLIP_STD),
+    "dinov2": ("Dinov2Model", IMAGENET_MEAN, IMAGENET_STD),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", IMAGENET_MEAN, IMAGENET_STD),
+}
+"""model_type of a transformers config -> class, and how its pixels are normalised."""
+
+
+class VisionEncoder:
+    """A CLIP or DINOv2 model of transformers; features of length 1.
+
+    CLIP: the projected image embedding (as CMMD). DINOv2: the class token after the last norm (as PRX's DINO-MMD).
+    Pictures are resized to the model's square, bicubic, whatever their shape, so that nothing is cropped away.
+    """
+
+    def __init__(self, source: str, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
+        self._device, self._dtype, self._batch_size = device, dtype, batch_size
+        self._folder = _model_folder(source)
+        config = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
+        kind = config.get("model_type")
+        require_one_of(f"model_type of the encoder {source}", str(kind), tuple(VISION_MODELS))
+        self._class, self._mean, self._std = VISION_MODELS[kind]
+        vision = config.get("vision_config") or config
+        self._side = int(vision.get("image_size", 224))
+
+    @cached_property
+    def _model(self) -> Any:
+        import transformers
+
+        loaded = getattr(transformers, self._class).from_pretrained(self._folder, dtype=self._dtype)
+        return loaded.to(self._device).eval()
+
+    def _pixels(self, image: Image.Image) -> Tensor:
+        resized = image.convert("RGB").resize((self._side, self._side), Image.Resampling.BICUBIC)
+        scaled = np.asarray(resized, dtype=np.float32) / 255
+        normalised = (scaled - np.array(self._mean, np.float32)) / np.array(self._std, np.float32)
+        return torch.from_numpy(normalised).permute(2, 0, 1)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
+        found = []
+        for start in range(0, len(images), self._batch_size):
+            part = images[start : start + self._batch_size]
+            pixels = torch.stack([self._pixels(image) for image in part]).to(self._device, self._dtype)
+            out = self._model(pixels)
+            features = out.image_embeds if "clip" in self._class.lower() else out.last_hidden_state[:, 0]
+            found.append(torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
+        return np.concatenate(found)
+
+
+def _model_folder(source: str) -> Path:
+    """A local folder, or a download of the model's configuration and safetensors weights."""
+    local = Path(source).expanduser()
+    if local.is_dir():
+        missing = [name for name in ("config.json",) if not (local / name).is_file()]
+        if missing or not list(local.glob("*.safetensors")):
+            raise PrxPostError(f"the encoder {source!r} has no {'config.json' if missing else '*.safetensors'} in it.")
+        return local
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["config.json", "*.safetensors", "*.index.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+        raise PrxPostError(
+            f"the encoder {source!r} is no folder, and could not be fetched from the Hub: "
+            f"{str(error).strip().splitlines()[0]} Fetch it with `hf download {source}`, or name a folder."
+        ) from error
+
+
+ENCODERS: dict[str, Callable[[torch.device, torch.dtype, int], Encoder]] = {
+    "judge": JudgeEncoder,
+    "inception": InceptionEncoder,
+}
+
+
+def open_encoder(name: str, device: torch.device, dtype: str, batch_size: int) -> Encoder:
+    """An encoder by name, folder or Hub id. Raises PrxPostError if what it needs is not there."""
+    if name in ENCODERS:
+        return ENCODERS[name](device, DTYPES[dtype], batch_size)
+    return VisionEncoder(name, device, DTYPES[dtype], batch_size)
+
+
+def encode(encoder: Encoder, images: Iterator[Image.Image], chunk: int = 256) -> np.ndarray:
+    """Features [N, D] of pictures that need not all be in memory."""
+    parts: list[np.ndarray] = []
+    pending: list[Image.Image] = []
+    for image in images:
+        pending.append(image)
+        if len(pending) == chunk:
+            parts.append(encoder(pending))
+            pending = []
+    if pending:
+        parts.append(encoder(pending))
+    return np.concatenate(parts)

@@ -1,0 +1,196 @@
+"""The pictures of an evaluation on disk: drawn once, reused by a later run of the same settings.
+
+images/<checkpoint>/drawn.json                   what they were drawn with
+images/<checkpoint>/timing.jsonl                 a line a process and run: pictures, seconds
+images/<checkpoint>/<set>/<index>-seed<s>.png    each with its settings in its metadata
+trajectories/<checkpoint>/<k>-<step>.png         the picture expected at each step
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from prx_post.config import PrxPostError, make_folder
+from prx_post.data.cache import fingerprint
+from prx_post.data.encoding import Encoders
+from prx_post.data.files import json_line, write_bytes
+from prx_post.data.shard import Shard
+from prx_post.evaluation.config import CheckpointSpec, EvalConfig
+from prx_post.evaluation.jobs import Job
+from prx_post.flow import inference_sigmas, x0_from_velocity
+from prx_post.generate import Sampler, build_sampler, default_device, generate_images, png_info
+from prx_post.model.checkpoint import DTYPES, PipelineFolder, load
+from prx_post.model.codec import to_images
+from prx_post.model.text import PromptCleaner
+
+
+@dataclass
+class Gallery:
+    """One checkpoint's pictures."""
+
+    spec: CheckpointSpec
+    pipeline: PipelineFolder
+    size: tuple[int, int]
+    output_dir: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.output_dir / "images" / self.spec.name
+
+    def path(self, job: Job) -> Path:
+        return self.folder / job.file
+
+    def trajectory(self, job: Job) -> list[Path]:
+        """The pictures expected at each step of a job's sampling, which exist if it is among the first few."""
+        folder = (self.output_dir / "trajectories" / self.spec.name / job.file).with_suffix("")
+        return [folder / f"{step:03d}.png" for step in range(self.spec.num_inference_steps)]
+
+    def image(self, job: Job) -> Image.Image:
+        """The picture of a job that has been drawn."""
+        with Image.open(self.path(job)) as image:
+            return image.convert("RGB")
+
+    def images(self, jobs: Sequence[Job]) -> Iterator[Image.Image]:
+        return (self.image(job) for job in jobs)
+
+    def has(self, job: Job) -> bool:
+        """Whether the job's picture is there, whole, and of this prompt and noise."""
+        try:
+            with Image.open(self.path(job)) as image:
+                image.load()
+                text = getattr(image, "text", {})
+        except (FileNotFoundError, UnidentifiedImageError, OSError, SyntaxError):
+            return False  # missing, or broken off in the middle: drawn again
+        return text.get("prompt") == job.prompt and text.get("seed") == str(job.noise_seed)
+
+    def claim(self, config: EvalConfig) -> None:
+        """Note what the pictures are drawn with. Raises PrxPostError if some are there that were drawn with else."""
+        make_folder(self.folder)
+        path = self.folder / "drawn.json"
+        weights = [self.pipeline.path / name for name in ("transformer", "scheduler", "vae")]
+        wanted = {
+            "checkpoint": self.spec.source,
+            "weights": fingerprint(self.output_dir, *weights),
+            "num_inference_steps": self.spec.num_inference_steps,
+            "guidance_scale": self.spec.guidance_scale,
+            "height": self.size[0],
+            "width": self.size[1],
+            "dtype": config.dtype,
+            "batch_size": config.batch_size,
+            "skip_text_cleaning": config.skip_text_cleaning,
+        }
+        drawn = json.loads(path.read_text(encoding="utf-8")) if path.exists() else wanted
+        differing = [key for key in wanted if drawn.get(key) != wanted[key]]
+        if differing:
+            key = differing[0]
+            raise PrxPostError(
+                f"output_dir is {str(self.output_dir)!r}, whose pictures of {self.spec.name} were drawn with {key} "
+                f"{drawn.get(key)!r}, but now {key} is {wanted[key]!r}. Choose another output_dir, or another name for "
+                f"the checkpoint."
+            )
+        write_bytes(path, (json.dumps(wanted, indent=2) + "\n").encode())
+
+    def timing(self) -> dict[str, float] | None:
+        """`images_per_second` of all processes together and `seconds_per_image` of one; None if nothing was drawn."""
+        path = self.folder / "timing.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if not lines:
+            return None
+        ranks: dict[int, tuple[int, float]] = {}
+        for line in lines:
+            pictures, seconds = ranks.get(line["rank"], (0, 0.0))
+            ranks[line["rank"]] = pictures + line["pictures"], seconds + line["seconds"]
+        total, seconds = (sum(values) for values in zip(*ranks.values(), strict=True))
+        rate = sum(pictures / spent for pictures, spent in ranks.values())
+        return {"images_per_second": round(rate, 3), "seconds_per_image": round(seconds / total, 4)}
+
+
+def draw(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, shard: Shard) -> None:
+    """Draw this process's share of the pictures that are missing, and the trajectories.
+
+    Batches are the same however a run was broken off or shared out, so that the pictures are, to the bit.
+    """
+    batches = [jobs[start : start + config.batch_size] for start in range(0, len(jobs), config.batch_size)]
+    missing = [batch for batch in shard.of(batches) if not all(gallery.has(job) for job in batch)]
+    shown = [] if shard.rank else jobs[: config.trajectory_prompts]
+    strips = [job for job in shown if not gallery.trajectory(job)[-1].exists()]
+    if not missing and not strips:
+        return
+    device, dtype = default_device(), DTYPES[config.dtype]
+    encoders = Encoders(gallery.pipeline, PromptCleaner(config.skip_text_cleaning), device, dtype)
+    checkpoint = load(gallery.pipeline, dtype)
+    spec = gallery.spec
+    sampler = build_sampler(checkpoint, gallery.size, spec.num_inference_steps, spec.guidance_scale, device)
+    encoders.prompts, encoders.codec  # load both before the clock starts  # noqa: B018
+    embed = _Memo(encoders)
+    pictures, seconds = 0, 0.0
+    quiet = shard.rank > 0
+    for batch in tqdm(missing, desc=f"drawing {spec.name}", unit="batch", disable=quiet):
+        began = time.perf_counter()
+        prompts, seeds = [job.prompt for job in batch], [job.noise_seed for job in batch]
+        images = list(generate_images(sampler, embed, encoders.codec.decode, prompts, seeds, len(batch)))
+        seconds, pictures = seconds + time.perf_counter() - began, pictures + len(batch)
+        _save(gallery, batch, images)
+    if pictures:
+        line = {"rank": shard.rank, "pictures": pictures, "seconds": seconds}
+        with (gallery.folder / "timing.jsonl").open("a") as file:
+            file.write(json_line(line))
+    for job in strips:
+        _save_trajectory(gallery, job, sampler, embed, encoders)
+
+
+class _Memo:
+    """Embeddings by prompt, computed once."""
+
+    def __init__(self, encoders: Encoders) -> None:
+        self._encoders = encoders
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, prompt: str) -> Tensor:
+        if prompt not in self._known:
+            self._known[prompt] = self._encoders.prompts(prompt)
+        return self._known[prompt]
+
+
+def _save(gallery: Gallery, batch: Sequence[Job], images: Sequence[Image.Image]) -> None:
+    settings: dict[str, Any] = {
+        "checkpoint": gallery.spec.source,
+        "num_inference_steps": gallery.spec.num_inference_steps,
+        "guidance_scale": gallery.spec.guidance_scale,
+    }
+    for job, image in zip(batch, images, strict=True):
+        path = gallery.path(job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        info = png_info({"prompt": job.prompt, "seed": job.noise_seed, **settings})
+        image.save(partial, format="PNG", pnginfo=info)
+        partial.replace(path)
+
+
+@torch.no_grad()
+def _save_trajectory(gallery: Gallery, job: Job, sampler: Sampler, embed: _Memo, encoders: Encoders) -> None:
+    """The clean picture that each step's velocity points to; the last is the picture itself."""
+    paths = gallery.trajectory(job)
+    make_folder(paths[0].parent)
+    for path, x0 in zip(paths, expected_pictures(sampler, embed(job.prompt), embed(""), job.noise_seed), strict=True):
+        (image,) = to_images(encoders.codec.decode(x0))
+        image.save(path)
+
+
+def expected_pictures(sampler: Sampler, embedding: Tensor, null: Tensor, seed: int) -> list[Tensor]:
+    """x0 [1, C, H/f, W/f] that the velocity of each sampler step points to, for one prompt and noise."""
+    steps: list[tuple[Tensor, Tensor]] = []
+    sampler.latents([embedding], null, [seed], record=lambda x_t, velocity: steps.append((x_t, velocity)))
+    sigmas = inference_sigmas(sampler.scheduler, sampler.num_inference_steps)
+    return [
+        x0_from_velocity(x_t.float(), velocity.float(), torch.full((1,), sigma, device=x_t.device))
+        for (x_t, velocity), sigma in zip(steps, sigmas[:-1].tolist(), strict=True)
+    ]

@@ -1,0 +1,172 @@
+"""Scores and features of an evaluation's pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from prx_post.config import PrxPostError
+from prx_post.data.readers import decode
+from prx_post.data.shard import Shard
+from prx_post.evaluation.config import EvalConfig
+from prx_post.evaluation.distances import diversity, frechet_estimate, mmd_estimate
+from prx_post.evaluation.features import NEEDS_REFERENCE, Encoder, MetricSpec, encode, open_encoder
+from prx_post.evaluation.jobs import Job
+from prx_post.evaluation.metrics import Estimate
+from prx_post.evaluation.pictures import Gallery
+from prx_post.generate import default_device
+from prx_post.rewards.base import Reward, parse_specs
+from prx_post.rewards.cache import CachedReward, ScoreCache
+
+CHUNK = 64
+"""Pictures in memory at a time."""
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+Scores = dict[str, dict[str, np.ndarray]]
+"""checkpoint -> reward -> [N], NaN for pictures of prompt sets that the reward does not score"""
+
+
+def open_rewards(config: EvalConfig, jobs: Sequence[Job]) -> tuple[dict[str, Reward], dict[str, list[str]]]:
+    """The rewards, and the prompt sets that each scores: those of which it can score every prompt.
+
+    Raises:
+        PrxPostError: a reward's library or weights are not there, or it can score no set.
+    """
+    prompts: dict[str, list[str]] = {}
+    for job in jobs:
+        prompts.setdefault(job.prompt_set, []).append(job.prompt)
+    rewards, applies = {}, {}
+    for spec in parse_specs(config.rewards):
+        reward = spec.load(device=str(default_device()), dtype=config.reward_dtype, batch_size=config.reward_batch_size)
+        refusals = {name: _refusal(reward, given) for name, given in prompts.items()}
+        applies[spec.label] = [name for name, refusal in refusals.items() if refusal is None]
+        if not applies[spec.label]:
+            raise PrxPostError(f"the reward {spec.label} cannot score the prompts: {next(iter(refusals.values()))}")
+        rewards[spec.label] = reward
+    return rewards, applies
+
+
+def _refusal(reward: Reward, prompts: Sequence[str]) -> str | None:
+    try:
+        reward.check(prompts)
+    except PrxPostError as error:
+        return str(error)
+    return None
+
+
+def score(
+    galleries: Sequence[Gallery],
+    jobs: Sequence[Job],
+    rewards: dict[str, Reward],
+    applies: dict[str, list[str]],
+    output_dir: Path,
+    shard: Shard,
+) -> Scores:
+    """Every reward of every picture; what was scored before is read from `output_dir/scores`.
+
+    One reward at a time, and let go of afterwards, so that their models need not fit in memory together.
+    """
+    cache = ScoreCache(output_dir / "scores")
+    scores: Scores = {gallery.spec.name: {} for gallery in galleries}
+    for name in list(rewards):
+        reward = rewards.pop(name)
+        known = reward if getattr(reward, "takes_columns", False) else CachedReward(reward, name, cache)
+        own = shard.of([i for i, job in enumerate(jobs) if job.prompt_set in applies[name]])
+        for gallery in galleries:
+            found: list[tuple[int, float]] = []
+            title = f"{name} of {gallery.spec.name}"
+            for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=shard.rank > 0, leave=False):
+                part = own[start : start + CHUNK]
+                found += zip(part, _score_chunk(known, gallery, [jobs[i] for i in part]), strict=True)
+            values = np.full(len(jobs), np.nan)
+            for i, value in shard.gather(found):
+                values[i] = value
+            scores[gallery.spec.name][name] = values
+        del reward, known
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return scores
+
+
+def _score_chunk(reward: Reward, gallery: Gallery, jobs: Sequence[Job]) -> list[float]:
+    images, prompts = list(gallery.images(jobs)), [job.prompt for job in jobs]
+    if getattr(reward, "takes_columns", False):
+        names = set().union(*(job.columns for job in jobs)) - {"prompt"}
+        columns = {name: [job.columns.get(name) for job in jobs] for name in names}
+        return reward(images, prompts, columns).tolist()  # type: ignore[call-arg]
+    return reward(images, prompts).tolist()
+
+
+def reference_paths(config: EvalConfig) -> list[Path]:
+    """Pictures under `reference_dir`. Raises PrxPostError if there are fewer than two."""
+    if config.reference_dir is None:
+        return []
+    folder = Path(config.reference_dir).expanduser()
+    paths = sorted(path for path in folder.glob("**/*") if path.suffix.lower() in ENDINGS)
+    if len(paths) < 2:
+        raise PrxPostError(
+            f"reference_dir is {config.reference_dir!r}, which has {len(paths)} pictures, but must have two or more "
+            f"because distributions are compared. Check the path, or leave it out."
+        )
+    return paths
+
+
+def open_encoders(config: EvalConfig) -> dict[str, Encoder]:
+    """The metrics' encoders by name. Raises PrxPostError if what one needs is not there."""
+    names = dict.fromkeys(spec.encoder for spec in config.metric_specs())
+    device = default_device()
+    return {name: open_encoder(name, device, config.reward_dtype, config.reward_batch_size) for name in names}
+
+
+def measure(
+    galleries: Sequence[Gallery],
+    jobs: Sequence[Job],
+    reference: Sequence[Path],
+    config: EvalConfig,
+    encoders: dict[str, Encoder],
+    shard: Shard,
+) -> dict[str, dict[str, Estimate]]:
+    """Every metric of every checkpoint: checkpoint -> metric -> estimate."""
+    specs = config.metric_specs()
+    found: dict[str, dict[str, Estimate]] = {gallery.spec.name: {} for gallery in galleries}
+    for name in list(encoders):
+        encoder = encoders.pop(name)
+        wanted = [spec for spec in specs if spec.encoder == name]
+        compares = any(spec.metric in NEEDS_REFERENCE for spec in wanted)
+        real = _features(encoder, reference, shard) if compares else None
+        for gallery in galleries:
+            features = _features(encoder, [gallery.path(job) for job in jobs], shard)
+            for spec in wanted:
+                found[gallery.spec.name][spec.metric] = _estimate(spec, features, real, jobs)
+    return {name: {spec.metric: estimates[spec.metric] for spec in specs} for name, estimates in found.items()}
+
+
+def _estimate(spec: MetricSpec, features: np.ndarray, real: np.ndarray | None, jobs: Sequence[Job]) -> Estimate:
+    if spec.metric == "diversity":
+        return diversity(features, [(job.prompt_set, job.index) for job in jobs])
+    assert real is not None  # a reference was required
+    if spec.metric == "fid":
+        return frechet_estimate(features.astype(np.float64), real.astype(np.float64))
+    return mmd_estimate(_unit(features), _unit(real))
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.linalg.norm(features, axis=1, keepdims=True).astype(np.float64)
+
+
+def _picture(path: Path) -> Image.Image:
+    try:
+        return decode(path.read_bytes())
+    except OSError as error:
+        raise PrxPostError(f"{path} cannot be read as a picture: {error}. Mend or remove it.") from error
+
+
+def _features(encoder: Encoder, paths: Sequence[Path], shard: Shard) -> np.ndarray:
+    """Features [N, D] in the order of `paths`, each process encoding its share."""
+    positions = list(shard.of(range(len(paths))))
+    own = encode(encoder, (_picture(paths[i]) for i in positions)) if positions else np.zeros((0, 0))
+    rows: list[tuple[int, np.ndarray]] = shard.gather(list(zip(positions, own, strict=True)))
+    return np.stack([row for _, row in sorted(rows, key=lambda pair: pair[0])])
