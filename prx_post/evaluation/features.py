@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from prx_post.config import PrxPostError, require_installed, require_one_of
+from prx_post.data.files import file_sha256
 from prx_post.model.checkpoint import DTYPES
 
 NEEDS_REFERENCE = ("fid", "cmmd", "dino_mmd")
@@ -24,6 +25,9 @@ METRICS = {
 }
 """Each metric and its usual encoder; those of the first three are what PRX's makers report with."""
 
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+"""Its name ends in the first digits of its SHA-256."""
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -67,15 +71,26 @@ class InceptionEncoder:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
-        require_installed("torchvision", "FID on InceptionV3 (torch-fidelity)", "fid")
-        require_installed("torch_fidelity", "FID on InceptionV3", "fid")
-        self._device, self._batch_size = device, batch_size
+        for module in ("torchvision", "torch_fidelity"):  # the second imports the first
+            require_installed(module, "FID on InceptionV3", "fid")
+        self._device, self._weights = device, Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+        if not self._weights.is_file():
+            raise PrxPostError(
+                f"FID on InceptionV3 needs {self._weights}, which is not there. Fetch it from {INCEPTION_URL}, or name "
+                f"another encoder as in fid=facebook/dinov2-with-registers-large."
+            )
 
     @cached_property
     def _model(self) -> Any:
         from torch_fidelity import FeatureExtractorInceptionV3
 
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(self._device)
+        # torch-fidelity unpickles the file, so it is first shown to be the published one, and to hold tensors alone
+        if not file_sha256(self._weights).startswith(INCEPTION_FILE[-12:-4]):
+            raise PrxPostError(f"{self._weights} is not the published file. Fetch it again from {INCEPTION_URL}.")
+        torch.load(self._weights, weights_only=True)
+        path = str(self._weights)
+        extractor = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+        return extractor.to(self._device)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
@@ -87,7 +102,7 @@ class InceptionEncoder:
 
 
 VISION_MODELS = {
-    "clip": ("CLIPVisionModelWithProjection", CLIP_MEAN, CLIP_STD),
+    "clip": ("CLIPModel", CLIP_MEAN, CLIP_STD),
     "clip_vision_model": ("CLIPVisionModelWithProjection", CLIP_MEAN, CLIP_STD),
     "dinov2": ("Dinov2Model", IMAGENET_MEAN, IMAGENET_STD),
     "dinov2_with_registers": ("Dinov2WithRegistersModel", IMAGENET_MEAN, IMAGENET_STD),
@@ -116,8 +131,12 @@ class VisionEncoder:
     def _model(self) -> Any:
         import transformers
 
-        loaded = getattr(transformers, self._class).from_pretrained(self._folder, dtype=self._dtype)
-        return loaded.to(self._device).eval()
+        model, report = getattr(transformers, self._class).from_pretrained(
+            self._folder, dtype=self._dtype, output_loading_info=True
+        )
+        if absent := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
+            raise PrxPostError(f"the encoder {self._folder} has no weights that fit {absent[0]}. Fetch it again.")
+        return model.to(self._device).eval()
 
     def _pixels(self, image: Image.Image) -> Tensor:
         resized = image.convert("RGB").resize((self._side, self._side), Image.Resampling.BICUBIC)
@@ -131,10 +150,14 @@ class VisionEncoder:
         for start in range(0, len(images), self._batch_size):
             part = images[start : start + self._batch_size]
             pixels = torch.stack([self._pixels(image) for image in part]).to(self._device, self._dtype)
-            out = self._model(pixels)
-            features = out.image_embeds if "clip" in self._class.lower() else out.last_hidden_state[:, 0]
-            found.append(torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy())
+            found.append(torch.nn.functional.normalize(self._embed(pixels).float(), dim=-1).cpu().numpy())
         return np.concatenate(found)
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        if self._class == "CLIPModel":
+            return self._model.visual_projection(self._model.vision_model(pixels).pooler_output)
+        out = self._model(pixels)
+        return out.image_embeds if self._class.startswith("CLIP") else out.last_hidden_state[:, 0]
 
 
 def _model_folder(source: str) -> Path:
