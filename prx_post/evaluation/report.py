@@ -134,7 +134,7 @@ def _row(job: Job, index: int, galleries: Sequence[Gallery], scores: Scores, ran
         cells.append(
             {"uri": data_uri(gallery.image(job)), "score": value if np.isfinite(value) else None, "name": name}
         )
-    labels = [job.slices["set"], job.slices["group"], job.slices["language"], f"seed {job.seed}"]
+    labels = [job.slices["group"], job.slices["language"], f"{job.prompt_set} {job.index}", f"seed {job.seed}"]
     return {"prompt": job.prompt, "labels": [label for label in labels if label], "cells": cells}
 
 
