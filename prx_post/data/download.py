@@ -194,11 +194,11 @@ def _check_status(response: http.client.HTTPResponse) -> None:
     status = response.status
     if status != 200:
         permanent = status not in TRANSIENT
-        retry_after_s = _retry_after(response.headers.get("Retry-After"))
+        retry_after_s = retry_after(response.headers.get("Retry-After"))
         raise FetchError(f"HTTP {status}", permanent=permanent, http_status=status, retry_after_s=retry_after_s)
 
 
-def _retry_after(value: str | None) -> float | None:
+def retry_after(value: str | None) -> float | None:
     """Seconds from a Retry-After header, which holds seconds or a date; None if it holds neither."""
     if value is None:
         return None

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from prx_post.config import ConfigError, require_one_of
-from prx_post.data import pairs, prompts, sidecars, url_list
-from prx_post.data.tables import RecipeConfig
+from prx_post.data import geneval_style, pairs, prompts, sidecars, url_list
+from prx_post.data.tables import RECIPE_FOLDER, RecipeConfig, TableConfig
 from prx_post.parsing import parse
 
 KINDS: dict[str, tuple[type[RecipeConfig], Callable[[Any], None]]] = {
@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[type[RecipeConfig], Callable[[Any], None]]] = {
     "preference-pairs": (pairs.PairsConfig, pairs.run),
     "image-folder": (sidecars.SidecarConfig, sidecars.run),
     "prompt-list": (prompts.PromptListConfig, prompts.run),
+    "geneval-style": (geneval_style.GenevalStyleConfig, geneval_style.run),
 }
 """What a recipe may be: its settings, and what makes it."""
 
@@ -35,7 +36,7 @@ Makes a data set. <recipe> is one of these, or the path of a YAML file of your o
 def run(args: Sequence[str]) -> None:
     """`prx-post data`"""
     if not args or args[0] in ("-h", "--help"):
-        listed = [f"  {name:14}{_read(path).get('description', '')}" for name, path in sorted(known_recipes().items())]
+        listed = [f"  {name:18}{_read(path).get('description', '')}" for name, path in sorted(known_recipes().items())]
         print(USAGE.format(recipes="\n".join(listed)))
         return
     name, *rest = args
@@ -48,6 +49,8 @@ def run(args: Sequence[str]) -> None:
     (config,) = parse([config_type], ["--config", str(path), *rest], f"prx-post data {name}")
     if config.kind != kind:
         raise ConfigError(f"kind is {config.kind!r}, but must stay {kind!r} because the recipe says so. Leave it out.")
+    if isinstance(config, TableConfig) and config.source:
+        config.source = config.source.replace(RECIPE_FOLDER, str(path.parent))
     make(config)
 
 

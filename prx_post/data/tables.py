@@ -26,11 +26,19 @@ class RecipeConfig:
             require(value not in (None, "", []), name, value, "set", "the recipe needs it", f"Set {name}")
 
 
+RECIPE_FOLDER = "{recipe}"
+"""Stands in a recipe's `source` for the folder that the recipe is in."""
+
+
 @dataclass
 class TableConfig(RecipeConfig):
     """A recipe that starts from a table."""
 
-    source: str | None = doc("A .parquet, .csv, .tsv, .json or .jsonl file, a folder of parquet, or a Hub id.", None)
+    source: str | None = doc(
+        f"A .parquet, .csv, .tsv, .json or .jsonl file, a folder of parquet, or a Hub id; {RECIPE_FOLDER} in it is the "
+        f"folder of the recipe.",
+        None,
+    )
     source_split: str = doc("Split to read, of a folder or of a Hub data set.", "train")
     source_revision: str | None = doc("Hub revision (branch, tag or commit) of the source.", None)
 

@@ -53,9 +53,11 @@ class ScoreCache:
         self._scores.update(scores)
         lines = "".join(json.dumps({"key": key, "score": score}) + "\n" for key, score in scores.items())
         try:
-            torn = self._own.exists() and not self._own.read_bytes().endswith(b"\n")
-            with self._own.open("a", encoding="utf-8") as file:
-                file.write("\n" * torn + lines)
+            with self._own.open("a+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 1))
+                torn = file.read(1) not in (b"", b"\n")
+                file.write(b"\n" * torn + lines.encode())
         except OSError as error:
             raise cannot_write(self._own, error) from error
 

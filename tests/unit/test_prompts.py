@@ -113,3 +113,54 @@ def test_mistakes_in_the_source_are_named(tmp_path):
     (tmp_path / "source.xml").write_text("<x/>")
     with pytest.raises(PrxPostError, match="must be one of .parquet, .json, .jsonl, .csv, .tsv"):
         run(PromptListConfig(source=str(tmp_path / "source.xml"), **common))
+
+
+def test_a_column_becomes_the_group_and_a_prompt_is_kept_once_in_each(tmp_path, capsys):
+    source = tmp_path / "source.csv"
+    source.write_text("text,kind,hard\na cat,animals,no\na cat,pets,yes\na cat,animals,yes\na house, ,no\n")
+    output = tmp_path / "p.jsonl"
+    common = {"source": str(source), "prompt_column": "text", "output_file": str(output), "overwrite": True}
+    run(PromptListConfig(**common, group_column="kind", keep_columns=["hard"]))
+    assert read_prompt_rows(output) == [
+        {"prompt": "a cat", "hard": "no", "group": "animals"},
+        {"prompt": "a cat", "hard": "yes", "group": "pets"},
+        {"prompt": "a house", "hard": "no"},  # eval puts what has no group under "all"
+    ]
+    assert "of 4 rows; 0 were empty, 1 repeated" in capsys.readouterr().out
+    run(PromptListConfig(**common, group_column="kind", keep_columns=["kind"]))
+    assert read_prompt_rows(output)[1] == {"prompt": "a cat", "kind": "pets", "group": "pets"}
+
+
+def test_groups_of_json_entries_must_be_there(tmp_path):
+    (tmp_path / "s.json").write_text('[{"prompt": "a", "kind": 7}, {"prompt": "b"}]')
+    common = {"source": str(tmp_path / "s.json"), "output_file": str(tmp_path / "p.jsonl")}
+    with pytest.raises(PrxPostError, match="prompt 2 has no 'kind'. Leave it out of group_column"):
+        run(PromptListConfig(**common, group_column="kind"))
+    (tmp_path / "s.json").write_text('[{"prompt": "a", "kind": 7}]')
+    run(PromptListConfig(**common, group_column="kind"))
+    assert read_prompt_rows(tmp_path / "p.jsonl") == [{"prompt": "a", "group": "7"}]
+
+
+def test_several_files_are_a_group_each(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/concept-art.json").write_text('["a  tower", "a dragon", "a dragon"]')
+    (tmp_path / "in/photo.txt").write_text("a dragon\n")
+    (tmp_path / "in/other.txt").write_text("not asked for\n")
+    common = {"source": str(tmp_path / "in"), "output_file": str(tmp_path / "p.jsonl")}
+    run(PromptListConfig(**common, source_files=["concept-art.json", "photo.txt"]))
+    assert read_prompt_rows(tmp_path / "p.jsonl") == [
+        {"prompt": "a tower", "group": "concept-art"},
+        {"prompt": "a dragon", "group": "concept-art"},
+        {"prompt": "a dragon", "group": "photo"},
+    ]
+    with pytest.raises(PrxPostError, match=r"source_files has 'paintings.json', which is not in .*in. Check source"):
+        run(PromptListConfig(**common, source_files=["photo.txt", "paintings.json"], overwrite=True))
+
+
+def test_a_group_has_one_origin():
+    common = {"source": "x", "output_file": "p.jsonl"}
+    with pytest.raises(PrxPostError, match="group_column is 'kind', but must be null"):
+        PromptListConfig(**common, group_column="kind", source_files=["a.txt"])
+    for setting in ({"group_column": "kind"}, {"source_files": ["a.txt"]}):
+        with pytest.raises(PrxPostError, match="keep_columns is \\['group'\\], but must be without group"):
+            PromptListConfig(**common, **setting, keep_columns=["group"])
