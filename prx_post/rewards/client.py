@@ -19,7 +19,7 @@ import torch
 import urllib3
 from PIL import Image
 from torch import Tensor
-from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError, SSLError
+from urllib3.exceptions import HTTPError, InvalidHeader, SSLError
 
 from prx_post import __version__
 from prx_post.config import PrxPostError
@@ -243,9 +243,8 @@ def _warn_of_plain_http(base: str) -> None:
 
 
 def _reason(error: HTTPError) -> str:
-    """Without the object's address that urllib3 puts first."""
-    cause = error.reason if isinstance(error, MaxRetryError) and error.reason else error
-    return re.sub(r"^<?[\w.]*(HTTPS?Connection|object)\b.*?: ", "", str(cause)) or type(cause).__name__
+    """Without the connection that urllib3 puts first: the message names the server already."""
+    return re.sub(r"^HTTPS?Connection(Pool)?\(.*?\): ", "", str(error)) or type(error).__name__
 
 
 def _retry_after(value: str | None) -> float:
