@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": ("prx_post.evaluation.evaluate", "score checkpoints on the same prompts and seeds; JSON and HTML report"),
     "plan": ("prx_post.planning.plan", "what a stage would take, memory and disk, without training"),
     "data": ("prx_post.data.recipes", "real data sets from recipes: Alchemist, preference pairs, own folders, prompts"),
+    "reward-serve": ("prx_post.rewards.server", "score pictures over HTTP, for runs on other GPUs or machines"),
     "tiny": ("prx_post.tiny.commands", "the embedded world: `tiny data` writes its data sets, `tiny build` remakes it"),
 }
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     args = [arg for arg in given if not arg.startswith("--local_rank=")]  # of the DeepSpeed launcher
     if not args or args[0] in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())))
+        print(USAGE.format(commands="\n".join(f"  {name:14}{text}" for name, (_, text) in COMMANDS.items())))
         return 0
     if args[0] == "--version":
         print(f"prx-post {__version__}")
