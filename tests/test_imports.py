@@ -15,7 +15,7 @@ ALLOWED = {
     "rewards": {"rewards", "config", "tiny", "data", "parsing"},
     "engine": {"engine", "data", "config"},
     "generate": {"generate", "data", "model", "config", "flow", "sampling", "parsing"},
-    "evaluation": {"evaluation", "generate", "rewards", "data", "model", "config", "tiny", "parsing"},
+    "evaluation": {"evaluation", "flow", "generate", "rewards", "data", "model", "config", "tiny", "parsing"},
     "config": {"config"},
     "parsing": {"parsing", "config"},
 }

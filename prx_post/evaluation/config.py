@@ -88,7 +88,6 @@ class EvalConfig(DrawConfig):
         [],
     )
     reference_dir: str | None = doc("Real pictures, which fid, cmmd and dino_mmd compare with.", None)
-    judge: str | None = doc("A YAML file of a vision-language judge for win rates; null: rewards alone.", None)
     long_prompt_words: int = doc("Prompts of this many words or more are reported apart, as long.", 40)
     trajectory_prompts: int = doc("Prompts of which every checkpoint's picture is shown at each step.", 2)
 

@@ -25,31 +25,38 @@ from prx_post.data.launched import launched_shard
 from prx_post.data.shard import Shard
 from prx_post.evaluation.config import EvalConfig
 from prx_post.evaluation.jobs import Job, read_jobs
-from prx_post.evaluation.metrics import Estimate
+from prx_post.evaluation.metrics import Estimate, win_share
 from prx_post.evaluation.pictures import Gallery, draw
 from prx_post.evaluation.report import write_report
-from prx_post.evaluation.scoring import Scores, measure, open_encoders, open_rewards, reference_paths, score
+from prx_post.evaluation.scoring import Scores, compare, measure, open_encoders, open_rewards, reference_paths, score
 from prx_post.evaluation.summary import Slice, slices
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.model.text import PromptCleaner
 from prx_post.parsing import parse
+from prx_post.rewards.pairwise import position_bias
+from prx_post.rewards.vision_judge import VisionJudge, VisionJudgeConfig
 
 MARK = "evaluation.json"
 
 
-def check(args: Sequence[str]) -> EvalConfig:
+def check(args: Sequence[str]) -> tuple[EvalConfig, VisionJudgeConfig]:
     """The command's settings, checked as far as they can be without any file they name."""
-    (config,) = parse([EvalConfig], args, "prx-post eval")
-    return config
+    config, judge = parse([EvalConfig, VisionJudgeConfig], args, "prx-post eval")
+    if judge.judge_url is not None and len(config.checkpoints) < 2:
+        raise PrxPostError("judge_url is set, but there is one checkpoint and nothing to compare it with. Add another.")
+    return config, judge
 
 
 def run(args: Sequence[str]) -> None:
     """`prx-post eval`"""
-    evaluate(check(args))
+    evaluate(*check(args))
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
+def evaluate(config: EvalConfig, judge_config: VisionJudgeConfig | None = None) -> dict[str, Any]:
     """Draw, score, compare, report. Returns what results.json holds.
+
+    Args:
+        judge_config: of a vision-language judge that compares checkpoints too, if its judge_url is set.
 
     Raises:
         PrxPostError: something that the settings name is missing or unfit, before anything is drawn; a reward gives
@@ -64,6 +71,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     rewards, applies = open_rewards(config, jobs)
+    judge = VisionJudge(judge_config) if judge_config is not None and judge_config.judge_url is not None else None
     with ExitStack() as stack:
         shard = stack.enter_context(launched_shard())
         if shard.rank == 0:
@@ -78,10 +86,24 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         scores = score(galleries, jobs, rewards, applies, output_dir, shard)
         metrics = measure(galleries, jobs, reference, config, encoders, shard)
         parts = slices(scores, jobs)
-        summary = _summary(config, jobs, galleries, parts, metrics, applies, shard)
+        judged = None
+        if judge is not None and judge_config is not None:
+            judged = _judge(judge, str(judge_config.judge_model), galleries, jobs, parts[0], shard)
+        summary = _summary(config, jobs, galleries, parts, metrics, applies, shard) | {"judge": judged}
         if shard.rank == 0:
             _write(output_dir, summary, parts, jobs, galleries, scores)
     return summary
+
+
+def _judge(
+    judge: VisionJudge, model: str, galleries: Sequence[Gallery], jobs: Sequence[Job], overall: Slice, shard: Shard
+) -> dict[str, Any]:
+    """Adds the judge's win rates to `overall`. Returns who judged, and what was asked and answered."""
+    label, clusters = f"judge {model.rpartition('/')[2]}", [job.cluster for job in jobs]
+    for name, wins in compare(galleries, jobs, judge, shard).items():
+        overall.wins.setdefault(name, {})[label] = win_share(wins, clusters)
+    ranks = shard.gather([{**asdict(judge.counts), "position_bias": position_bias(judge.counts)}])
+    return {"model": model, "identity": judge.identity, "counts_by_process": ranks}
 
 
 def _claimable(config: EvalConfig) -> Path:

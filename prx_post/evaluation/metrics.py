@@ -62,14 +62,19 @@ def wilson_interval(share: float, count: float) -> tuple[float, float]:
 def win_rate(first: np.ndarray, second: np.ndarray, clusters: Sequence[Hashable] | None = None) -> Estimate:
     """Share of pairs in which `second` scores higher, a tie counting half, with Wilson's interval.
 
-    Wilson's number of trials is that of the pairs, divided by the design effect of their clusters (Kish 1965): the
-    variance of the share over clusters against that of independent pairs.
-
     Args:
         first, second: scores [N] of the same prompts and seeds, in the same order.
     """
     _require_pairs(first, second)
-    wins = (second > first) + 0.5 * (second == first)
+    return win_share((second > first) + 0.5 * (second == first), clusters)
+
+
+def win_share(wins: np.ndarray, clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """Mean of wins [N] in [0, 1] with Wilson's interval.
+
+    Wilson's number of trials is that of the pairs, divided by the design effect of their clusters (Kish 1965): the
+    variance of the share over clusters against that of independent pairs.
+    """
     share, number = float(wins.mean()), len(wins)
     clusters = range(number) if clusters is None else clusters
     sums, counts = _cluster_sums(wins, clusters)

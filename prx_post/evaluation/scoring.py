@@ -20,6 +20,7 @@ from prx_post.evaluation.pictures import Gallery
 from prx_post.generate import default_device
 from prx_post.rewards.base import Reward, parse_specs
 from prx_post.rewards.cache import CachedReward, ScoreCache
+from prx_post.rewards.pairwise import PairwiseJudge
 
 CHUNK = 64
 """Pictures in memory at a time."""
@@ -98,6 +99,25 @@ def _score_chunk(reward: Reward, gallery: Gallery, jobs: Sequence[Job]) -> list[
         columns = {name: [job.columns.get(name) for job in jobs] for name in names}
         return reward(images, prompts, columns).tolist()  # type: ignore[call-arg]
     return reward(images, prompts).tolist()
+
+
+def compare(
+    galleries: Sequence[Gallery], jobs: Sequence[Job], judge: PairwiseJudge, shard: Shard
+) -> dict[str, np.ndarray]:
+    """How sure a judge is that a later checkpoint's picture beats the first's: checkpoint -> [N] in [0, 1]."""
+    baseline, *others = galleries
+    own = shard.of(range(len(jobs)))
+    found = {}
+    for gallery in others:
+        wins: list[tuple[int, float]] = []
+        title = f"judging {gallery.spec.name}"
+        for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=shard.rank > 0, leave=False):
+            part = own[start : start + CHUNK]
+            of = [jobs[i] for i in part]
+            first, second = list(baseline.images(of)), list(gallery.images(of))
+            wins += zip(part, (1 - judge([job.prompt for job in of], first, second)).tolist(), strict=True)
+        found[gallery.spec.name] = np.array([value for _, value in sorted(shard.gather(wins))])
+    return found
 
 
 def reference_paths(config: EvalConfig) -> list[Path]:
