@@ -1,0 +1,221 @@
+"""Checkpoints of the published scorers' formats with small random weights: same names, containers and side files."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+
+IMAGE_SIZE, PATCH = 28, 14
+MERGES = ["r e", "re d</w>", "c a", "ca t</w>", "b l", "bl u", "blu e</w>"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "cat", "dog", "##s", "photo", ",", "2"]
+
+
+class Weights:
+    """Random tensors by name; norms are near the identity, so that a signal passes."""
+
+    def __init__(self, seed: int, std: float = 0.25) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._generator, self._std = torch.Generator().manual_seed(seed), std
+
+    def add(self, name: str, *shape: int, std: float | None = None) -> None:
+        self.tensors[name] = torch.randn(shape, generator=self._generator) * (std or self._std)
+
+    def linear(self, name: str, outputs: int, inputs: int, bias: bool = True) -> None:
+        self.add(f"{name}.weight", outputs, inputs, std=inputs**-0.5)
+        if bias:
+            self.add(f"{name}.bias", outputs)
+
+    def norm(self, name: str, width: int) -> None:
+        self.linear(name, width, 1)
+        self.tensors[f"{name}.weight"] = 1 + 0.1 * self.tensors[f"{name}.weight"][:, 0]
+
+
+def byte_pairs(folder: Path) -> int:
+    """Write vocab.json and merges.txt of a small CLIP tokenizer; returns the vocabulary's size."""
+    letters = sorted(ByteLevel.alphabet())
+    merged = [merge.replace(" ", "") for merge in MERGES]
+    entries = [*letters, *(f"{c}</w>" for c in letters), *merged, "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(entries)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
+    return len(entries)
+
+
+def preprocessor(folder: Path) -> None:
+    """Write preprocessor_config.json as OpenAI's repository has it: sizes as plain numbers."""
+    content = {
+        "crop_size": IMAGE_SIZE,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "size": IMAGE_SIZE,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+
+
+def clip(folder: Path, *, legacy: bool = False, seed: int = 0) -> Path:
+    """A CLIP in transformers' format with tokenizer and preprocessor.
+
+    Args:
+        legacy: as OpenAI's: an end token of 2 in config.json, settings twice, `position_ids` among the weights.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    vocabulary = byte_pairs(folder)
+    preprocessor(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": vocabulary, "eos_token_id": vocabulary - 1, "bos_token_id": vocabulary - 2}
+    if legacy:
+        text |= {"eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1}
+    vision = {**sizes, "image_size": IMAGE_SIZE, "patch_size": PATCH}
+    config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 16, "torch_dtype": "float32"}
+    config |= {
+        "text_config": text,
+        "vision_config": vision,
+        "logit_scale_init_value": 2.6592,
+        "initializer_factor": 1.0,
+    }
+    if legacy:
+        config |= {"text_config_dict": text, "vision_config_dict": vision, "transformers_version": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    random = Weights(seed)
+    for name, tensor in CLIPModel(CLIPConfig.from_dict(config)).state_dict().items():
+        if "norm" in name and name.endswith("weight"):
+            random.norm(name.removesuffix(".weight"), len(tensor))
+        elif name.endswith("bias"):
+            random.add(name, *tensor.shape)
+        elif "norm" not in name:
+            random.add(name, *tensor.shape, std=tensor[0].numel() ** -0.5 if tensor.ndim > 1 else None)
+    random.tensors["logit_scale"] = torch.tensor(100.0).log()
+    if legacy:
+        random.tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        random.tensors["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    save_file(random.tensors, folder / "model.safetensors")
+    return folder
+
+
+def pickscore(folder: Path) -> Path:
+    """PickScore's repository has no processor; it is in a folder named as the repository that has it."""
+    clip(folder, seed=1)
+    processor = folder / "CLIP-ViT-H-14-laion2B-s32B-b79K"
+    processor.mkdir()
+    for name in ("vocab.json", "merges.txt", "preprocessor_config.json"):
+        (folder / name).rename(processor / name)
+    return folder
+
+
+def aesthetic(folder: Path) -> Path:
+    clip(folder / "clip-vit-large-patch14", legacy=True, seed=2)
+    random = Weights(3)
+    for i, outputs, inputs in ((0, 24, 16), (2, 12, 24), (4, 8, 12), (6, 4, 8), (7, 1, 4)):
+        random.linear(f"layers.{i}", outputs, inputs)
+    torch.save(random.tensors, folder / "aesthetic-model.pth")
+    return folder
+
+
+def hpsv2(folder: Path) -> Path:
+    """open_clip's ViT-H/14 made small: heads of 80 and 64 as there, the tensors under `state_dict`."""
+    vocabulary = byte_pairs(folder)
+    random = Weights(4)
+    random.add("visual.class_embedding", 160)
+    random.add("visual.positional_embedding", 5, 160)
+    random.add("visual.proj", 160, 48, std=160**-0.5)
+    random.add("visual.conv1.weight", 160, 3, PATCH, PATCH, std=(3 * PATCH * PATCH) ** -0.5)
+    random.norm("visual.ln_pre", 160)
+    random.norm("visual.ln_post", 160)
+    random.add("positional_embedding", 77, 128)
+    random.add("text_projection", 128, 48, std=128**-0.5)
+    random.add("token_embedding.weight", vocabulary, 128)
+    random.norm("ln_final", 128)
+    for prefix, width, layers in (("visual.transformer.", 160, 3), ("transformer.", 128, 2)):
+        for i in range(layers):
+            block = f"{prefix}resblocks.{i}."
+            random.norm(block + "ln_1", width)
+            random.norm(block + "ln_2", width)
+            random.add(block + "attn.in_proj_weight", 3 * width, width, std=width**-0.5)
+            random.add(block + "attn.in_proj_bias", 3 * width)
+            random.linear(block + "attn.out_proj", width, width)
+            random.linear(block + "mlp.c_fc", 96, width)
+            random.linear(block + "mlp.c_proj", width, 96)
+    random.tensors["logit_scale"] = torch.tensor(100.0).log()
+    torch.save({"epoch": 1, "name": "hps", "state_dict": random.tensors}, folder / "HPS_v2.1_compressed.pt")
+    return folder
+
+
+def image_reward(folder: Path) -> Path:
+    """ImageReward made small: image heads of 64 as in ViT-L; a bare state dictionary with `position_ids` in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join([*WORDS, ""]))
+    tokens, width, text = len(WORDS) + 2, 128, 32  # [DEC] and [ENC] come behind the words
+    config = {"architectures": ["BertModel"], "model_type": "bert", "vocab_size": tokens, "hidden_size": text}
+    config |= {"num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64, "hidden_act": "gelu"}
+    config |= {"max_position_embeddings": 64, "layer_norm_eps": 1e-12, "pad_token_id": 0, "type_vocab_size": 2}
+    config |= {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "initializer_range": 0.02}
+    config |= {"add_cross_attention": True, "encoder_width": 768}
+    (folder / "med_config.json").write_text(json.dumps(config))
+    random = Weights(5)
+    blip_vision(random, "blip.visual_encoder.", width)
+    blip_text(random, "blip.text_encoder.", text, width, tokens)
+    random.linear("blip.vision_proj", 16, width)
+    random.linear("blip.text_proj", 16, text)
+    for i, outputs, inputs in ((0, 24, text), (2, 12, 24), (4, 8, 12), (6, 4, 8), (7, 1, 4)):
+        random.linear(f"mlp.layers.{i}", outputs, inputs)
+    torch.save(random.tensors, folder / "ImageReward.pt")
+    return folder
+
+
+def blip_vision(random: Weights, prefix: str, width: int) -> None:
+    random.add(prefix + "cls_token", 1, 1, width)
+    random.add(prefix + "pos_embed", 1, 5, width)
+    random.add(prefix + "patch_embed.proj.weight", width, 3, PATCH, PATCH, std=(3 * PATCH * PATCH) ** -0.5)
+    random.add(prefix + "patch_embed.proj.bias", width)
+    for i in range(2):
+        block = f"{prefix}blocks.{i}."
+        random.norm(block + "norm1", width)
+        random.norm(block + "norm2", width)
+        random.linear(block + "attn.qkv", 3 * width, width)
+        random.linear(block + "attn.proj", width, width)
+        random.linear(block + "mlp.fc1", 4 * width, width)
+        random.linear(block + "mlp.fc2", width, 4 * width)
+    random.norm(prefix + "norm", width)
+
+
+def blip_text(random: Weights, prefix: str, width: int, vision: int, tokens: int) -> None:
+    random.tensors[prefix + "embeddings.position_ids"] = torch.arange(64)[None]
+    random.add(prefix + "embeddings.word_embeddings.weight", tokens, width)
+    random.add(prefix + "embeddings.position_embeddings.weight", 64, width)
+    random.norm(prefix + "embeddings.LayerNorm", width)
+    for i in range(2):
+        layer = f"{prefix}encoder.layer.{i}."
+        for attention, inputs in (("attention", width), ("crossattention", vision)):
+            random.linear(f"{layer}{attention}.self.query", width, width)
+            random.linear(f"{layer}{attention}.self.key", width, inputs)
+            random.linear(f"{layer}{attention}.self.value", width, inputs)
+            random.linear(f"{layer}{attention}.output.dense", width, width)
+            random.norm(f"{layer}{attention}.output.LayerNorm", width)
+        random.linear(layer + "intermediate.dense", 64, width)
+        random.linear(layer + "output.dense", width, 64)
+        random.norm(layer + "output.LayerNorm", width)
+
+
+CHECKPOINTS = {
+    "clip_score": lambda folder: clip(folder, legacy=True),
+    "pickscore": pickscore,
+    "hpsv2": hpsv2,
+    "image_reward": image_reward,
+    "aesthetic": aesthetic,
+}
+WEIGHT_FILES = {
+    "clip_score": "model.safetensors",
+    "pickscore": "model.safetensors",
+    "hpsv2": "HPS_v2.1_compressed.pt",
+    "image_reward": "ImageReward.pt",
+    "aesthetic": "aesthetic-model.pth",
+}
