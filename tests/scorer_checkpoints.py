@@ -12,6 +12,16 @@ IMAGE_SIZE, PATCH = 28, 14
 MERGES = ["r e", "re d</w>", "c a", "ca t</w>", "b l", "bl u", "blu e</w>"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "cat", "dog", "##s", "photo", ",", "2"]
 
+OLD_SETTINGS = {
+    **{"add_cross_attention": False, "bad_words_ids": None, "chunk_size_feed_forward": 0, "diversity_penalty": 0.0},
+    **{"do_sample": False, "dropout": 0.0, "early_stopping": False, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}},
+    **{"is_decoder": False, "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "length_penalty": 1.0, "max_length": 20},
+    **{"min_length": 0, "num_beams": 1, "pruned_heads": {}, "return_dict": True, "torch_dtype": None},
+    **{"transformers_version": "4.16.0.dev0", "use_bfloat16": False},
+    **{"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2},
+}
+"""Of both halves of the config.json of OpenAI's repository: left over from old versions, and wrong special tokens."""
+
 
 class Weights:
     """Random tensors by name; norms are near the identity, so that a signal passes."""
@@ -64,7 +74,7 @@ def clip(folder: Path, *, legacy: bool = False, seed: int = 0) -> Path:
     """A CLIP in transformers' format with tokenizer and preprocessor.
 
     Args:
-        legacy: as OpenAI's: an end token of 2 in config.json, settings twice, `position_ids` among the weights.
+        legacy: as OpenAI's: OLD_SETTINGS in config.json, settings twice, `position_ids` among the weights.
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -72,9 +82,10 @@ def clip(folder: Path, *, legacy: bool = False, seed: int = 0) -> Path:
     preprocessor(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**sizes, "vocab_size": vocabulary, "eos_token_id": vocabulary - 1, "bos_token_id": vocabulary - 2}
-    if legacy:
-        text |= {"eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1}
     vision = {**sizes, "image_size": IMAGE_SIZE, "patch_size": PATCH}
+    if legacy:
+        text |= {**OLD_SETTINGS, "model_type": "clip_text_model"}
+        vision |= {**OLD_SETTINGS, "model_type": "clip_vision_model"}
     config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 16, "torch_dtype": "float32"}
     config |= {
         "text_config": text,

@@ -89,7 +89,7 @@ def load_clip(files: Sequence[Path], preprocessor: Path, tokenizer: Sequence[Pat
     processor = CLIPImageProcessorPil(**read_json(preprocessor, ("image_mean", "image_std")))
 
     def pixels(images: Sequence[Image.Image]) -> Tensor:
-        return processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        return processor(list(images), return_tensors="pt")["pixel_values"]
 
     tokens = None
     if tokenizer:

@@ -199,6 +199,22 @@ def test_bfloat16_is_close_to_float32_and_has_another_identity(name, checkpoints
     assert rounded.identity != exact.identity
 
 
+@pytest.mark.parametrize("name", ["hpsv2", "image_reward"])
+def test_weights_stored_in_half_precision_are_computed_with_in_float32(name, copy_of):
+    folder, images, single = copy_of(name), pictures(), {}
+
+    def halve(tensors):
+        tensors.update({key: value.half() for key, value in tensors.items() if value.is_floating_point()})
+
+    def back(tensors):
+        tensors.update({key: value.float() for key, value in tensors.items() if value.is_floating_point()})
+
+    for step, change in (("half", halve), ("float", back)):
+        change_tensors(folder / WEIGHT_FILES[name], change)
+        single[step] = base.load(name, weights=str(folder), device="cpu")(images, PROMPTS)
+    assert torch.equal(single["half"], single["float"])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_of_every_mode_score_as_their_rgb(name, checkpoints):
     (image,) = pictures(((40, 30),))
