@@ -47,7 +47,19 @@ REGISTRY = {
     "ocr_graded": Entry("prx_post.rewards.ocr", "graded"),
     "judge_exact": Entry("prx_post.rewards.number_judge", "exact_match"),
     "judge_graded": Entry("prx_post.rewards.number_judge", "graded"),
+    "jpeg_compressibility": Entry("prx_post.rewards.jpeg", "JPEGCompressibility"),
+    "clip_score": Entry("prx_post.rewards.clip_score", "CLIPScore", has_weights=True),
+    "pickscore": Entry("prx_post.rewards.pickscore", "PickScore", has_weights=True),
+    "hpsv2": Entry("prx_post.rewards.hpsv2", "HPSv2", has_weights=True),
+    "image_reward": Entry("prx_post.rewards.image_reward", "ImageReward", has_weights=True),
+    "aesthetic": Entry("prx_post.rewards.aesthetic", "Aesthetic", has_weights=True),
 }
+
+LEFT_OUT = {
+    "mps": "its weights are published as a pickle of the whole module, which runs code of its own when it is loaded. "
+    "Use pickscore or hpsv2, or serve it from a process that you trust with that and name its http:// address",
+}
+"""Rewards that others have and why there is none here, by name."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,8 @@ class RewardSpec:
         if function := re.fullmatch(r".+\.py:([A-Za-z_]\w*)", target):
             return cls(label or function[1], target)
         name, weights = (label, target) if label else (target, None)
+        if name in LEFT_OUT:
+            raise ConfigError(f"rewards has {text!r}, but there is no {name} because {LEFT_OUT[name]}.")
         require_one_of("rewards", str(name), tuple(REGISTRY))
         if weights is not None and not REGISTRY[str(name)].has_weights:
             raise ConfigError(f"rewards has {text!r}, but {name} takes no weights. Write {name} alone.")
