@@ -25,7 +25,7 @@ TEMPLATE = """\
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.{dtype})
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", dtype=torch.{dtype})
 image = pipe("{example}", num_inference_steps={steps}, guidance_scale={guidance}{size_arguments}).images[0]
 ```
 
