@@ -269,12 +269,26 @@ def _parts(sizes: Sequence[int], max_count: int, max_bytes: int) -> Iterator[sli
 
 
 def _concurrently(work: Callable[[Any, threading.Event], T], items: Iterable[Any]) -> list[T]:
-    """`work(item, stopped)` of every item, in order, CONNECTIONS at a time; `stopped` is set when one has failed."""
-    stopped = threading.Event()
+    """`work(item, stopped)` of every item, in order, CONNECTIONS at a time; raises the first failure in time.
+
+    `stopped` is set then, or at an interrupt, so that nobody waits for the others' next try.
+    """
+    stopped, failures = threading.Event(), list[BaseException]()
+
+    def guarded(item: Any) -> T:
+        try:
+            return work(item, stopped)
+        except BaseException as error:
+            failures.append(error)
+            stopped.set()
+            raise
+
     with ThreadPoolExecutor(CONNECTIONS, "reward") as pool:
         try:
-            return list(pool.map(lambda item: work(item, stopped), items))
-        except BaseException:  # an interrupt among them: nobody waits for the others' next try
+            return list(pool.map(guarded, items))
+        except BaseException as error:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            if error in failures:
+                raise failures[0] from None
             raise

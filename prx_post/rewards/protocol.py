@@ -7,7 +7,11 @@ costs a third more bytes, which is little beside what scoring a picture takes. N
 import base64
 import binascii
 import io
+import struct
+import zlib
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from prx_post.data.readers import readable
@@ -30,10 +34,32 @@ def encode_picture(image: Image.Image) -> str:
     Nothing but pixels travels: a colour profile, say, may be many times as large.
     """
     kept = image if image.mode in PNG_MODES else image.convert("RGB")
-    file = io.BytesIO()
-    # Level 1: a third of the time of Pillow's default level, for some percent more bytes.
-    kept.save(file, "PNG", compress_level=1, icc_profile=None)
-    return base64.b64encode(file.getbuffer()).decode("ascii")
+    if kept.mode == "RGB":
+        data = _rgb_png(np.asarray(kept))
+    else:
+        file = io.BytesIO()
+        kept.save(file, "PNG", compress_level=1, icc_profile=None)
+        data = file.getvalue()
+    return base64.b64encode(data).decode("ascii")
+
+
+def _rgb_png(pixels: NDArray[np.uint8]) -> bytes:
+    """A PNG of pixels [H, W, 3], as small as Pillow's at level 1 and made in a fifth of its time.
+
+    Pillow tries five filters on every row and has zlib look for repetitions. Pictures of a generator have none: what
+    pays is each row less the one above it (the filter `up`), in Huffman codes alone.
+    """
+    height, width, channels = pixels.shape
+    rows = np.empty((height, 1 + width * channels), np.uint8)
+    rows[:, 0] = 2  # the filter `up`
+    rows[:, 1:] = pixels.reshape(height, -1)
+    np.subtract(rows[1:, 1:], pixels.reshape(height, -1)[:-1], out=rows[1:, 1:])
+    packer = zlib.compressobj(1, strategy=zlib.Z_HUFFMAN_ONLY)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, not interlaced
+    chunks = ((b"IHDR", header), (b"IDAT", packer.compress(rows.data) + packer.flush()), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
 
 
 def decode_picture(text: str, max_pixels: int) -> Image.Image:
