@@ -42,10 +42,9 @@ def padded_square(image: Image.Image, size: int) -> Tensor:
     """
     pixels = unit_range(image)
     scale = size / max(image.size)
-    if scale != 1:
-        shape = [max(1, round(side * scale)) for side in pixels.shape[1:]]
-        pixels = torch.nn.functional.interpolate(
-            pixels[None], shape, mode="bicubic", align_corners=False, antialias=True
-        )[0]
+    shape = [max(1, round(side * scale)) for side in pixels.shape[1:]]
+    pixels = torch.nn.functional.interpolate(pixels[None], shape, mode="bicubic", align_corners=False, antialias=True)[
+        0
+    ]
     below, right = (size - side for side in pixels.shape[1:])
     return torch.nn.functional.pad(pixels, (right // 2, right - right // 2, below // 2, below - below // 2))

@@ -114,15 +114,16 @@ def test_image_reward_is_blips_cross_attending_encoder_written_out(checkpoints):
         "a red cat": [2, 5, 6, 8, 3],
         "a blue cat, 2 dogs": [2, 5, 7, 8, 12, 13, 9, 10, 3],
         "A photo": [2, 5, 11, 3],
-        "blue": [2, 7, 3],
+        "[ENC] blue": [2, 15, 7, 3],  # [DEC] and [ENC] stand behind the 14 words
     }
+    prompts = [*PROMPTS[:4], "[ENC] blue"]
     # These widths leave an even number of columns over, so both ways of rounding cut out the same middle.
     expected = [
         scorer_references.image_reward(state, clip_pixels_by_hand(image), tokens[prompt])
-        for image, prompt in zip(images, PROMPTS, strict=True)
+        for image, prompt in zip(images, prompts, strict=True)
     ]
     assert np.std(expected) > 0.02
-    torch.testing.assert_close(load("image_reward", checkpoints)(images, PROMPTS), torch.tensor(expected), **FP32)
+    torch.testing.assert_close(load("image_reward", checkpoints)(images, prompts), torch.tensor(expected), **FP32)
 
 
 def test_aesthetic_is_laions_head_in_numpy_on_transformers_unit_embedding(checkpoints):
@@ -249,6 +250,7 @@ def test_prompts_longer_than_the_model_reads_are_cut_and_the_end_token_kept(chec
 
 def test_hpsv2_cleans_prompts_as_open_clip_and_reads_special_tokens_as_text(checkpoints):
     assert cleaned("  A&amp;amp;B\n\tschÃ¶n ") == "a&b schön"
+    assert cleaned("a &amp;lt; b <c>") == "a < b <c>"  # twice, also where ftfy leaves what looks like HTML alone
     reward, images = load("hpsv2", checkpoints), pictures()[:1] * 2
     same = reward(images, ["RED &amp;\n cat", "red & cat"])
     assert same[0] == same[1]
