@@ -18,6 +18,8 @@ def test_there_are_configs():
     assert {f"{p.parent.name}/{p.name}" for p in CONFIGS} >= {
         "tiny/sft.yaml",
         "tiny/sft-lora.yaml",
+        "tiny/eval.yaml",
+        "prx-512/eval.yaml",
         "prx-512/sft-alchemist.yaml",
         "prx-512/sft-alchemist-lora.yaml",
     }
