@@ -178,7 +178,7 @@ def test_a_url_that_cannot_be_meant_is_refused_without_its_secrets(url):
 
 def test_large_calls_are_split_within_the_servers_limits_and_keep_their_order():
     reward = Fingerprints()
-    pictures = [noise(i, (120, 110)) for i in range(60)]  # 40 kB each; 53 kB as base64
+    pictures = [noise(i, (200, 150)) for i in range(60)]  # 120 kB each as base64, so 8 of them are a request
     prompts = [f'"{i}" \\ ü\n' for i in range(60)]
     limits = {"max_request_mib": 1, "max_pictures": 16, "batch_size": 64, "max_batch_wait_ms": 0.0}
     with serving({"prints": reward}, **limits) as running:
@@ -197,7 +197,7 @@ def test_prompts_are_checked_by_the_served_reward():
     reward = Fingerprints()
     with serving({"prints": reward}, max_request_mib=1) as running:
         remote = connect(running.url)
-        remote.check([f"prompt {i} {'x' * 3000}" for i in range(1000)])  # 3 MB
+        remote.check([f"prompt {i} {'x' * 6000}" for i in range(1000)])  # 6 MB
         with pytest.raises(PrxPostError, match="'unscorable' has nothing to score"):
             remote.check(["a"] * 1000 + ["unscorable"])
         assert running.metric("batches_total") == 0

@@ -222,6 +222,14 @@ def test_a_body_without_a_stated_length_is_limited_too(served):
     assert answer["scores"] == [fingerprint(noise(0), "a")]
 
 
+def test_a_client_that_sends_all_of_a_refused_body_still_reads_the_refusal(served):
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=60) as sender:
+        sender.sendall(b"POST /v1/score/prints HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        sender.sendall(b"Connection: close\r\nContent-Length: 60000000\r\n\r\n")
+        sender.sendall(bytes(60_000_000))
+        assert sender.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_body_that_drips_loses_its_place(served, monkeypatch):
     monkeypatch.setattr(http_side, "BODY_TIMEOUT_S", 0.2)
     monkeypatch.setattr(http_side, "DISCARD_S", 0.2)
