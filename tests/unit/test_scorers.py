@@ -152,7 +152,7 @@ def test_jpeg_compressibility_is_minus_the_size_in_kilobytes():
     scores = base.load("jpeg_compressibility")(images, [""] * 4)
     assert scores.tolist() == pytest.approx(expected)
     assert scores[0] > scores[1] > scores[2]
-    assert scores[0] == scores[3]
+    assert scores[0] == pytest.approx(scores[3].item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,10 +253,10 @@ def test_hpsv2_cleans_prompts_as_open_clip_and_reads_special_tokens_as_text(chec
     assert cleaned("a &amp;lt; b <c>") == "a < b <c>"  # twice, also where ftfy leaves what looks like HTML alone
     reward, images = load("hpsv2", checkpoints), pictures()[:1] * 2
     same = reward(images, ["RED &amp;\n cat", "red & cat"])
-    assert same[0] == same[1]
+    assert same[0] == pytest.approx(same[1].item(), abs=1e-6)  # rows of a batch may differ in the last bit
     # Read as the end token, it would hide what follows: the two prompts would score alike.
     hidden = reward(images, ["red <|endoftext|> cat", "red <|endoftext|> blue"])
-    assert hidden[0] != hidden[1]
+    assert abs(hidden[0] - hidden[1]) > 1e-4
 
 
 def ramp(width, height):
