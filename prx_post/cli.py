@@ -11,6 +11,7 @@ from prx_post.config import PrxPostError
 
 COMMANDS = {
     "sft": ("prx_post.stages.sft", "supervised fine-tuning: full or LoRA, flow matching"),
+    "distill": ("prx_post.stages.distill", "few-step students: trajectory regression, LADD, DMD2"),
     "generate": ("prx_post.generate", "pictures from a checkpoint"),
     "eval": ("prx_post.evaluation.evaluate", "score checkpoints on the same prompts and seeds; JSON and HTML report"),
     "plan": ("prx_post.planning.plan", "what a stage would take, memory and disk, without training"),
@@ -19,7 +20,7 @@ COMMANDS = {
     "tiny": ("prx_post.tiny.commands", "the embedded world: `tiny data` writes its data sets, `tiny build` remakes it"),
 }
 
-LAUNCHED = ("sft", "eval")
+LAUNCHED = ("sft", "distill", "eval")
 """Commands that may run on several processes."""
 LAUNCH_FLAGS = (
     *("--accelerate_config", "--num_processes", "--num_machines", "--machine_rank"),
@@ -35,7 +36,7 @@ commands:
 {commands}
 
 `prx-post <command> --help` lists a command's settings. Every setting may stand in the YAML file or on the command line.
-On several processes (sft, eval): add --num_processes N and --accelerate_config multi_gpu|zero1|zero2|zero3|FILE (and
+On several processes (sft, distill, eval): add --num_processes N and --accelerate_config multi_gpu|zero1|zero2|zero3|FILE (and
 for several machines --num_machines, --machine_rank, --main_process_ip, --main_process_port); torchrun works as well.
 """
 

@@ -62,9 +62,20 @@ def sample_timesteps(
 
 
 def inference_sigmas(scheduler: Any, num_steps: int) -> Tensor:
-    """The noise levels that `scheduler` visits in `num_steps` steps, [N + 1] fp32, from noise to 0."""
+    """The noise levels that `scheduler` visits in `num_steps` steps, [N + 1] fp32, from noise to 0.
+
+    A single step goes from 1 to 0, also where the scheduler's own stretching (`shift_terminal`) divides by zero.
+
+    Raises:
+        ValueError: the levels are not finite and falling, so that no sampler can follow them.
+    """
+    if num_steps == 1:
+        return torch.tensor([1.0, 0.0])
     scheduler.set_timesteps(num_steps)
-    return scheduler.sigmas.to(torch.float32).cpu()
+    sigmas = scheduler.sigmas.to(torch.float32).cpu()
+    if not (torch.isfinite(sigmas).all() and (sigmas.diff() < 0).all()):
+        raise ValueError(f"the noise levels of {num_steps} steps do not fall: {[round(s, 4) for s in sigmas.tolist()]}")
+    return sigmas
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:

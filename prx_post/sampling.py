@@ -27,3 +27,21 @@ def euler_sample(velocity: VelocityFunction, noise: Tensor, sigmas: Tensor) -> T
         t = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
         x = euler_step(x, velocity(x, t), sigma, sigma_next)
     return x
+
+
+@torch.no_grad()
+def renoise_sample(velocity: VelocityFunction, noise: Tensor, sigmas: Tensor, fresh: Callable[[int], Tensor]) -> Tensor:
+    """Multi-step re-noising (consistency models, Song et al. 2023, alg. 1; the sampler of LADD).
+
+    Each step goes all the way to x0 and back up to the next level with noise of its own; as
+    FlowMatchEulerDiscreteScheduler with `stochastic_sampling`.
+
+    Args:
+        fresh: step number, counted from 1 -> noise like `noise`.
+    """
+    x = noise
+    for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True), start=1):
+        t = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
+        x0 = euler_step(x, velocity(x, t), sigma, 0.0)
+        x = x0 if sigma_next == 0 else (1 - sigma_next) * x0 + sigma_next * fresh(step)
+    return x

@@ -16,6 +16,9 @@ ALLOWED = {
     "engine": {"engine", "data", "config"},
     "generate": {"generate", "data", "model", "config", "flow", "sampling", "parsing"},
     "evaluation": {"evaluation", "flow", "generate", "rewards", "data", "model", "config", "tiny", "parsing"},
+    "distillation": {
+        *("distillation", "objectives", "evaluation", "rewards", "generate", "data", "model", "config", "flow"),
+    },
     "config": {"config"},
     "parsing": {"parsing", "config"},
 }

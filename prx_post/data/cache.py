@@ -101,6 +101,24 @@ class TensorCache:
         self._index(shard)
 
 
+class JoinedCache:
+    """Several caches to read from as if they were one."""
+
+    def __init__(self, *parts: "TensorCache | JoinedCache") -> None:
+        self._parts = parts
+
+    @property
+    def folder(self) -> Path:
+        """Of the first."""
+        return self._parts[0].folder
+
+    def __contains__(self, key: str) -> bool:
+        return any(key in part for part in self._parts)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return next(part for part in self._parts if key in part)[key]
+
+
 def check_free_space(folder: Path, bytes_needed: int) -> None:
     """Raise PrxPostError if `folder`'s disk has not `bytes_needed` left."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

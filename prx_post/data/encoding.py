@@ -1,7 +1,7 @@
 """From rows to samples: which rows are usable, at which size, and their latents and embeddings in the cache."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from prx_post.config import DataConfig
 from prx_post.data.buckets import Buckets, Size
-from prx_post.data.cache import TensorCache, check_free_space, content_key, fingerprint
+from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
 from prx_post.data.readers import PREPROCESSING, BadRow, DataError, PictureRows, decode, image_size, report_bad_rows
 from prx_post.data.shard import Shard
 from prx_post.model.checkpoint import PipelineFolder
@@ -96,7 +96,7 @@ class Encoders:
 class EncodedCache:
     """The latents and the embeddings of one pipeline's VAE and text encoder."""
 
-    latents: TensorCache
+    latents: TensorCache | JoinedCache
     embeddings: TensorCache
 
     @classmethod
@@ -148,6 +148,7 @@ def fill_cache(
             except OSError as error:
                 unreadable[key] = str(error)
 
+    assert isinstance(cache.latents, TensorCache)
     cache.embeddings.write(embeddings())
     cache.latents.write(latents())
     return [BadRow(s.row, rows.name(s.row), unreadable[s.image_key]) for s in samples if s.image_key in unreadable]
@@ -201,12 +202,14 @@ def prepare(
         left_out = {bad_row.row for bad_row in undecodable}
         samples = [s for s in samples if s.row not in left_out]
     if shard.world > 1:
-        cache = _with_what_others_wrote(cache_dir, encoders, samples, shard)
+        cache = with_what_others_wrote(
+            lambda: EncodedCache.open(cache_dir, encoders.pipeline, encoders.text_dtype), samples, shard
+        )
     return samples, cache
 
 
-def _with_what_others_wrote(
-    cache_dir: Path, encoders: Encoders, samples: list[Sample], shard: Shard, patience_s: float = 10.0
+def with_what_others_wrote(
+    open_cache: Callable[[], EncodedCache], samples: Sequence[Sample], shard: Shard, patience_s: float = 10.0
 ) -> EncodedCache:
     """Open the cache again. A network disk may show other machines' files late, so a miss is looked for again.
 
@@ -215,7 +218,7 @@ def _with_what_others_wrote(
     """
     deadline = time.monotonic() + patience_s
     while True:
-        cache = EncodedCache.open(cache_dir, encoders.pipeline, encoders.text_dtype)
+        cache = open_cache()
         missing = sum(s.image_key not in cache.latents or s.prompt_key not in cache.embeddings for s in samples)
         if not missing or time.monotonic() > deadline:
             break
@@ -223,7 +226,7 @@ def _with_what_others_wrote(
     blind = shard.gather([shard.rank] if missing else [])
     if blind:
         raise DataError(
-            f"cache_dir is {str(cache_dir)!r}, but rank {blind[0]} does not see there what other processes encoded. "
-            f"Choose a cache_dir on a disk that every machine sees."
+            f"cache_dir holds {cache.latents.folder}, but rank {blind[0]} does not see there what other processes "
+            f"encoded. Choose a cache_dir on a disk that every machine sees."
         ).raised_by_all(shard.rank == 0)
     return cache

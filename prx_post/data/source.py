@@ -18,7 +18,8 @@ from prx_post.data.readers import PictureRows
 from prx_post.model.text import pad_embeddings
 
 Batch = dict[str, Any]
-"""latents [B, C, H, W], prompt_embeds [B, L, D], prompt_mask [B, L] bool, seeds and rows: lists of B ints"""
+"""latents [B, C, H, W], prompt_embeds [B, L, D], prompt_mask [B, L] bool, seeds and rows: lists of B ints; step: of the
+optimizer, counted from 0"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,31 @@ class DrawPlan:
         return self._permutation_cached
 
 
+class MixedPlan:
+    """Two sets of samples in a fixed proportion in every batch, in an order that is shuffled by step.
+
+    The second set's samples are counted on from the first's.
+    """
+
+    def __init__(
+        self, first: int, second: int, second_fraction: float, global_batch_size: int, seed: int, num_steps: int
+    ) -> None:
+        """first, second: how many samples each set has."""
+        self.global_batch_size, self.seed = global_batch_size, seed
+        of_second = round(second_fraction * global_batch_size)
+        parts = [(0, first, global_batch_size - of_second, seed), (first, second, of_second, seed + 2**40)]
+        self._parts = [
+            (offset, DrawPlan(["all"] * count, share, own_seed, num_steps))
+            for offset, count, share, own_seed in parts
+            if share
+        ]
+
+    def draws(self, step: int) -> list[Draw]:
+        both = [Draw(draw.index + offset, draw.seed) for offset, part in self._parts for draw in part.draws(step)]
+        order = np.random.default_rng([self.seed, 4, step]).permutation(len(both))
+        return [both[i] for i in order]
+
+
 class _Items(Dataset):
     """Draw -> one item; latents and embedding if cached, else the picture's bytes for `BatchSource` to encode."""
 
@@ -77,6 +103,7 @@ class _Items(Dataset):
         sample = source.samples[draw.index]
         item: dict[str, Any] = {"sample": sample, "seed": draw.seed, "dropped": source.drops_caption(draw)}
         if source.cache is None:
+            assert source.rows is not None
             item["bytes"] = source.rows.image_bytes(sample.row)
         else:
             item["latents"] = source.cache.latents[sample.image_key]
@@ -89,6 +116,7 @@ class BatchSource:
     """Endless micro-batches of one process, starting at `step`; the order depends on (seed, step) alone.
 
     Args:
+        rows: the pictures to encode; may be None with a cache.
         plan: whose global batch is `micro_batch_size · world_size · accumulation`.
         cache: None encodes every picture and prompt on the fly.
         caption_dropout: probability that a draw's prompt is replaced by the encoded empty prompt.
@@ -98,10 +126,10 @@ class BatchSource:
     def __init__(
         self,
         samples: list[Sample],
-        rows: PictureRows,
+        rows: PictureRows | None,
         cache: EncodedCache | None,
         encoders: Encoders,
-        plan: DrawPlan,
+        plan: DrawPlan | MixedPlan,
         *,
         micro_batch_size: int,
         num_steps: int,
@@ -141,9 +169,10 @@ class BatchSource:
         loader = DataLoader(_Items(self), batch_sampler=batches, collate_fn=list, generator=generator)
         accumulation = self.plan.global_batch_size // (self.micro_batch_size * self.world_size)
         for count, items in enumerate(loader, start=1):
+            batch = {**self._collate(items), "step": self.step}
             if count % accumulation == 0:
                 self.step += 1  # before the step's last batch is out: whoever has it may save the state
-            yield self._collate(items)
+            yield batch
 
     def _collate(self, items: list[dict[str, Any]]) -> Batch:
         if self.cache is None:

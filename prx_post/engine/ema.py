@@ -20,9 +20,16 @@ class EMA:
 
     def __init__(self, parameters: Iterable[Parameter], decay: float, update_steps: int = 1) -> None:
         self._parameters = list(parameters)
+        self._position = {id(p): i for i, p in enumerate(self._parameters)}
         self.decay, self.update_steps = decay, update_steps
         self.num_updates = 0
         self.averages: list[Tensor] = [t.detach().float().clone() for t in self._tensors()] if decay else []
+
+    def of(self, parameter: Parameter) -> Tensor | None:
+        """The average of one of the parameters (this process's part of it); None if it has none."""
+        if not self.averages or id(parameter) not in self._position:
+            return None
+        return self.averages[self._position[id(parameter)]]
 
     def _tensors(self) -> list[Tensor]:
         return [local_part(p) for p in self._parameters]

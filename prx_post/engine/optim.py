@@ -1,6 +1,6 @@
 """Optimizers and schedules; torch and transformers do the work."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -47,28 +47,44 @@ def is_muon_parameter(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizer(named_parameters: NamedParameters, config: TrainConfig) -> Optimizer:
-    """AdamW (fused), or Muon for the blocks' 2-D weights with AdamW for the rest, at one learning rate.
+    """AdamW (fused), or Muon for the blocks' 2-D weights with AdamW for the rest.
 
+    A parameter group for each of `config.learning_rates()`, whose `prefix` it carries.
     Muon's update is rescaled to AdamW's typical RMS (Liu et al. 2025), so that one learning rate suits both.
     """
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
 
-    def adamw(parameters: list[nn.Parameter]) -> AdamW:
+    def adamw(named: NamedParameters) -> AdamW:
         return AdamW(
-            parameters,
+            parameter_groups(named, config),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
-            fused=all(p.device.type in ("cpu", "cuda") for p in parameters),
+            fused=all(p.device.type in ("cpu", "cuda") for _, p in named),
         )
 
     if config.optim == "adamw":
-        return adamw([p for _, p in trainable])
-    matrices = [p for name, p in trainable if is_muon_parameter(name, p)]
-    rest = [p for name, p in trainable if not is_muon_parameter(name, p)]
-    muon = Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        return adamw(trainable)
+    matrices = [(name, p) for name, p in trainable if is_muon_parameter(name, p)]
+    rest = [(name, p) for name, p in trainable if not is_muon_parameter(name, p)]
+    groups = parameter_groups(matrices, config)
+    muon = Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return MuonWithAdamW(muon, adamw(rest)) if rest else muon
+
+
+def group_of(name: str, prefixes: Iterable[str]) -> str:
+    """The prefix of a parameter's group: the longest that its name begins with."""
+    return max((prefix for prefix in prefixes if name.startswith(prefix)), key=len)
+
+
+def parameter_groups(named: NamedParameters, config: TrainConfig) -> list[dict[str, Any]]:
+    """Those that are not empty, in the order of the parameters."""
+    rates = config.learning_rates()
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named:
+        groups.setdefault(group_of(name, rates), []).append(parameter)
+    return [{"params": members, "lr": rates[prefix], "prefix": prefix} for prefix, members in groups.items()]
 
 
 def learning_rate_factor(config: TrainConfig) -> Callable[[int], float]:

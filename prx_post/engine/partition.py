@@ -5,6 +5,8 @@ that made them; so it can be resumed with others. The functions here are collect
 same order.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +87,39 @@ class Partition:
             safe_set_full_fp32_param(parameter, value)
         with torch.no_grad():
             local_part(parameter).copy_(part)
+
+    @contextmanager
+    def unmoved(self, prefixes: tuple[str, ...]) -> Iterator[None]:
+        """Inside, an optimizer step leaves the moments of these groups as they are; their learning rate must be 0.
+
+        Under ZeRO (1 and 2), whose flat tensors always have a gradient and so their moments put back. For torch, which
+        skips a weight without gradient, see `drop_gradients`.
+        """
+        if not prefixes or self._zero is None:
+            yield
+            return
+        groups = zip(self._optimizer.param_groups, self._zero_flats(), strict=True)
+        states = [self._optimizer.state[flat] for group, flat in groups if group["prefix"] in prefixes]
+        before = [{k: v.clone() for k, v in state.items()} for state in states]
+        yield
+        for state, saved in zip(states, before, strict=True):  # in place, for DeepSpeed keeps views of these tensors
+            for key, value in state.items():
+                value.copy_(saved[key]) if saved else value.zero_()
+
+    def drop_gradients(self, prefixes: tuple[str, ...]) -> None:
+        """So that torch's next step leaves these groups as they are. Under ZeRO there is nothing to drop."""
+        for group in self._optimizer.param_groups if self._zero is None else []:
+            if group["prefix"] in prefixes:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def gradient_norms(self) -> dict[str, float]:
+        """By group, if there are several and torch has the gradients (ZeRO has split and used them by then)."""
+        groups = self._optimizer.param_groups
+        if self._zero is not None or len(groups) < 2:
+            return {}
+        gradients = {g["prefix"]: [p.grad for p in g["params"] if p.grad is not None] for g in groups}
+        return {prefix: float(torch.nn.utils.get_total_norm(found)) for prefix, found in gradients.items()}
 
     def optimizer_state(self, name: str) -> State:
         """Empty before the first step."""

@@ -12,7 +12,7 @@ from prx_post.engine.checkpointing import SavedState
 from prx_post.engine.ema import EMA
 from prx_post.engine.partition import Partition, join, split
 
-MUST_STAY = ("seed", "optim", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
+MUST_STAY = ("seed", "optim", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "method", "head_blocks", "head_width")
 """Settings without which the saved state means nothing."""
 MAY_CHANGE = frozenset(
     (
@@ -74,10 +74,11 @@ def collect(partition: Partition, ema: EMA, sums: dict[str, Tensor], rank: int, 
     share: dict[str, Tensor] = {}
 
     for i, (name, parameter) in enumerate(partition.parameters.items()):
+        average = ema.of(parameter)
         whole = {f"model/{name}": partition.weight(name)}
         whole |= {f"optimizer/{name}/{key}": value for key, value in partition.optimizer_state(name).items()}
-        if ema.averages:
-            whole[f"ema/{name}"] = join(parameter, ema.averages[i])
+        if average is not None:
+            whole[f"ema/{name}"] = join(parameter, average)
         if i % world_size == rank:
             share |= {key: _copy(value) for key, value in whole.items()}
     mine = random_state() | {f"sums/{name}": value for name, value in sums.items()}
@@ -113,10 +114,11 @@ def restore(partition: Partition, ema: EMA, saved: SavedState) -> None:
     if any(states.values()):
         partition.set_optimizer_state(states)
     del states
-    for i, (name, parameter) in enumerate(partition.parameters.items()):
+    for name, parameter in partition.parameters.items():
         partition.set_weight(name, tensors[f"model/{name}"])
-        if ema.averages:
-            ema.averages[i].copy_(split(parameter, tensors[f"ema/{name}"].to(ema.averages[i].device)))
+        average = ema.of(parameter)
+        if average is not None:
+            average.copy_(split(parameter, tensors[f"ema/{name}"].to(average.device)))
 
 
 def random_state() -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +17,14 @@ from prx_post.engine.checkpointing import CheckpointWriter, SavedState
 from prx_post.engine.ema import EMA
 from prx_post.engine.optim import build_optimizer, learning_rate_factor
 from prx_post.engine.partition import Partition, join
-from prx_post.engine.processes import any_rank, autocast, output_folder, shard_of, uses_deepspeed
+from prx_post.engine.processes import any_rank, autocast, on_main, output_folder, shard_of, uses_deepspeed
 from prx_post.engine.resume import collect, restore, set_random_state
 from prx_post.engine.signals import StopRequested, StopSignals
 from prx_post.engine.tracking import RunLog
+from prx_post.engine.window import Window
 
+EMITTED = "transformer."
+"""How the names of the weights begin that are averaged and emitted; an objective may train others besides."""
 WRITE_FAILED = 1000
 """Told to other ranks in the place of a signal's number."""
 
@@ -33,6 +35,9 @@ class Trainer:
     Args:
         sample: called with the step, with the averaged weights in place, at the start, every `sample_steps` and at
             the end; on the main process, or on all when ZeRO-3 has split the weights.
+        evaluate: called in the same way every `eval_every` steps; its metrics are logged. A PrxPostError that it raises
+            ends the run, with its state saved.
+        watch: called on every process with the step and each line of metrics; may end the run likewise.
         identity: what a checkpoint must say of the run: its settings and the digest of its data.
 
     Attributes:
@@ -49,17 +54,24 @@ class Trainer:
         log: RunLog,
         sample: Callable[[int], None],
         identity: dict[str, Any],
+        *,
+        evaluate: Callable[[int], dict[str, float]] | None = None,
+        eval_every: int = 0,
+        watch: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
+        self._evaluate, self._eval_every, self._watch = evaluate, eval_every, watch
         self.config, self.accelerator, self.source, self.log, self._sample = config, accelerator, source, log, sample
         named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         optimizer = build_optimizer(list(named.items()), config)
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
+        self._prefixes = [group["prefix"] for group in optimizer.param_groups]
         self._rate_factor = learning_rate_factor(config)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.partition = Partition(named, self.optimizer)
-        self.ema = EMA(named.values(), config.ema_decay, config.ema_update_steps)
+        self._emitted = {name: p for name, p in named.items() if name.startswith(EMITTED)}
+        self.ema = EMA(self._emitted.values(), config.ema_decay, config.ema_update_steps)
         self.step = self._nonfinite_in_a_row = 0
-        self._window = _Window()
+        self._window = Window()
         self._identity = identity
         self._writer = CheckpointWriter(
             output_folder(config),
@@ -82,13 +94,15 @@ class Trainer:
         if same_world:
             set_random_state(saved, rank)
         if same_world and state["micro_batches_a_step"] == self.config.gradient_accumulation_steps:
-            self._window.resume(dict(saved.of_rank(rank).under("sums")), state["window_count"], state["window_images"])
+            sums = dict(saved.of_rank(rank).under("sums"))
+            self._window.resume(sums, state["window_counts"], state["window_images"])
         else:  # each new process stands for the average of the old ones
             ranks = [dict(saved.of_rank(r).under("sums")) for r in range(saved.world_size)]
             micro_batches = saved.info["trainer"]["micro_batches_a_step"]
             scale = self.config.gradient_accumulation_steps / micro_batches
             sums = {name: scale * sum(r[name] for r in ranks) / len(ranks) for name in ranks[0]}
-            self._window.resume(sums, round(state["window_count"] * scale), state["window_images"])
+            counts = {name: round(count * scale) for name, count in state["window_counts"].items()}
+            self._window.resume(sums, counts, state["window_images"])
 
     def fit(self) -> dict[str, Any]:
         """Run up to `max_steps` optimizer steps. Returns the last logged metrics.
@@ -106,6 +120,7 @@ class Trainer:
         self._window.start()
         if self.step == 0:
             self._sample_if(0)
+            self._evaluate_if(0)
         self.objective.train()
         batches = iter(self.source)
         with StopSignals() as signals, self._writer:
@@ -115,6 +130,7 @@ class Trainer:
                 if self.step % config.logging_steps == 0 or self.step == config.max_steps:
                     last = self._write_metrics()
                 self._sample_if(self.step)
+                self._evaluate_if(self.step)
                 stop = self._agree(signals.received)
                 if stop or (
                     config.save_steps and (self.step % config.save_steps == 0 or self.step == config.max_steps)
@@ -151,7 +167,7 @@ class Trainer:
             "nonfinite_in_a_row": self._nonfinite_in_a_row,
             "grad_norm": None if math.isnan(window.grad_norm) else window.grad_norm,
             "ema_updates": self.ema.num_updates,
-            "window_count": window.count,
+            "window_counts": window.counts,
             "window_images": window.images,
             "micro_batches_a_step": accumulation,
         }
@@ -163,24 +179,50 @@ class Trainer:
     def averaged_weights(self) -> dict[str, Tensor]:
         """The weights to emit, whole, by name, on the main process's CPU; empty elsewhere. A collective under ZeRO."""
         found = {}
-        for i, (name, parameter) in enumerate(self.partition.parameters.items()):
-            whole = join(parameter, self.ema.averages[i]) if self.ema.averages else self.partition.weight(name)
+        for name, parameter in self._emitted.items():
+            average = self.ema.of(parameter)
+            whole = self.partition.weight(name) if average is None else join(parameter, average)
             if self.accelerator.is_main_process:
                 found[name] = whole.cpu()
         return found
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
-        window, accelerator, config = self._window, self.accelerator, self.config
-        factor = self._rate_factor(self.step)
-        for group, rate in zip(self.optimizer.param_groups, self._base_rates, strict=True):
-            group["lr"] = rate * factor
+        window, config = self._window, self.config
+        factor, waiting = self._rate_factor(self.step), config.waiting(self.step)
+        for group, rate, prefix in zip(self.optimizer.param_groups, self._base_rates, self._prefixes, strict=True):
+            group["lr"] = 0.0 if prefix in waiting else rate * factor
         window.learning_rate = self._base_rates[0] * factor
-        grad_norm: Any = None
-        seen: list[tuple[Batch, Tensor, dict[str, Tensor]]] = []
+        with self.partition.unmoved(waiting):
+            seen, grad_norm, norms = self._gradients(batches)
+        self.step += 1
+        if not math.isfinite(grad_norm):  # every process has the same norm, so all skip together
+            self.optimizer.zero_grad()
+            self._record_nonfinite(seen)
+            return
+        self.partition.drop_gradients(waiting)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._nonfinite_in_a_row = 0
+        self.ema.update(self.step)
+        window.grad_norm = grad_norm
+        of_groups = {f"grad_norm/{prefix.rstrip('.') or 'student'}": torch.tensor(n) for prefix, n in norms.items()}
+        for batch, loss, metrics in seen:
+            window.add({"loss": loss, **metrics, **of_groups}, images=len(batch["seeds"]))
+
+    def _gradients(
+        self, batches: Iterator[Batch]
+    ) -> tuple[list[tuple[Batch, Tensor, dict[str, Tensor]]], float, dict[str, float]]:
+        """Of a step's micro-batches: what was seen, the norm before clipping, and the same by group.
+
+        With DeepSpeed the optimizer has stepped as well.
+        """
+        accelerator, config = self.accelerator, self.config
+        seen, grad_norm = [], math.nan
+        norms: dict[str, float] = {}
         for _ in range(config.gradient_accumulation_steps):
-            waiting = time.perf_counter()
+            began = time.perf_counter()
             batch = to_device(next(batches), accelerator.device)
-            window.waited_s += time.perf_counter() - waiting
+            self._window.waited_s += time.perf_counter() - began
             with accelerator.accumulate(self.objective):
                 with autocast(config, accelerator):
                     loss, metrics = self.objective(batch)
@@ -188,19 +230,9 @@ class Trainer:
                 accelerator.backward(loss)  # with DeepSpeed also clips, steps and zeroes
                 if accelerator.sync_gradients:
                     weights, limit = list(self.partition.parameters.values()), config.max_grad_norm or math.inf
+                    norms = self.partition.gradient_norms()
                     grad_norm = float(accelerator.clip_grad_norm_(weights, limit))
-        self.step += 1
-        if not math.isfinite(grad_norm):  # every process has the same norm, so all skip together
-            self.optimizer.zero_grad()
-            self._record_nonfinite(seen)
-            return
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._nonfinite_in_a_row = 0
-        self.ema.update(self.step)
-        window.grad_norm = grad_norm
-        for batch, loss, metrics in seen:
-            window.add(loss, metrics, images=len(batch["seeds"]))
+        return seen, grad_norm, norms
 
     def _record_nonfinite(self, seen: list[tuple[Batch, Tensor, dict[str, Tensor]]]) -> None:
         """Write every process's samples of a skipped step to nonfinite.jsonl; stop after too many such steps."""
@@ -227,21 +259,51 @@ class Trainer:
         metrics = self._window.close(self.accelerator)
         self.log.write(self.step, metrics)
         self._window.start()
+        if (watch := self._watch) is not None:
+            self._saving_if_stopped(lambda: watch(self.step, metrics))
         return metrics
 
     def _sample_if(self, step: int) -> None:
-        every = self.config.sample_steps
-        if not every or (step % every and step != self.config.max_steps):
+        if not self._is_due(self.config.sample_steps, step):
             return
-        began = time.perf_counter()
         weights_are_split = uses_deepspeed(self.accelerator) and self.accelerator.deepspeed_plugin.zero_stage == 3
-        if self.accelerator.is_main_process or weights_are_split:
-            self.objective.eval()
-            with self.ema.swapped_in():
-                self._sample(step)
-            self.objective.train()
+        takes_part = self.accelerator.is_main_process or weights_are_split
+        self._with_averages(lambda: self._sample(step) if takes_part else None)
+
+    def _evaluate_if(self, step: int) -> None:
+        evaluate = self._evaluate
+        if evaluate is None or not self._is_due(self._eval_every, step):
+            return
+
+        def work() -> None:
+            metrics = self._with_averages(lambda: on_main(self.accelerator, lambda: evaluate(step)))
+            self.accelerator.log(metrics, step=step)
+
+        self._saving_if_stopped(work)
+
+    def _is_due(self, every: int, step: int) -> bool:
+        return bool(every) and (step % every == 0 or step == self.config.max_steps)
+
+    def _with_averages(self, work: Callable[[], Any]) -> Any:
+        """Do `work` with the averaged weights in place."""
+        began = time.perf_counter()
+        self.objective.eval()
+        with self.ema.swapped_in():
+            result = work()
+        self.objective.train()
         self.accelerator.wait_for_everyone()
         self._window.excluded_s += time.perf_counter() - began
+        return result
+
+    def _saving_if_stopped(self, work: Callable[[], None]) -> None:
+        """Do `work`, which every process does alike; if it ends the run by a PrxPostError, save before."""
+        try:
+            work()
+        except PrxPostError:
+            if self.step:
+                self.save()
+                self._finish_saving()
+            raise
 
     def _stop(self, number: int) -> None:
         self._finish_saving()
@@ -249,55 +311,3 @@ class Trainer:
             f"stopped by {signal.Signals(number).name} after step {self.step}, which is saved. "
             f"Go on with resume_from_checkpoint: latest."
         ).raised_by_all(self.accelerator.is_main_process)
-
-
-class _Window:
-    """What happened since the last logged step. Sums stay on the device until they are read."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.count = self.images = 0
-        self._resumed = False
-        self.start()
-
-    def start(self) -> None:
-        """Begin anew; right after `resume`, begin with what was resumed."""
-        if not self._resumed:
-            self.sums, self.count, self.images, self.grad_norm = {}, 0, 0, math.nan
-        self._resumed = False
-        self.waited_s = self.excluded_s = self.learning_rate = 0.0
-        self._timed_from = self.images
-        self._began = time.perf_counter()
-
-    def resume(self, sums: dict[str, Tensor], count: int, images: int) -> None:
-        self.sums, self.count, self.images = sums, count, images
-        self._resumed = True
-
-    def add(self, loss: Tensor, metrics: dict[str, Tensor], images: int) -> None:
-        self.count += 1
-        self.images += images
-        for name, value in {"loss": loss, **metrics}.items():
-            self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
-
-    def close(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over steps and processes; nan for a window of which every step was skipped."""
-        sums = {name: total.to(accelerator.device) for name, total in self.sums.items()}
-        means = {name: float(accelerator.reduce(total / self.count, "mean")) for name, total in sums.items()}
-        # after the sums were read, so that a GPU has caught up
-        elapsed = time.perf_counter() - self._began - self.excluded_s
-        return {
-            "loss": math.nan,
-            **means,
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.learning_rate,
-            "images_per_second": (self.images - self._timed_from) * accelerator.num_processes / elapsed,
-            "data_wait_fraction": self.waited_s / elapsed,
-            "peak_memory_gib": peak_memory_gib(),
-        }
-
-
-def peak_memory_gib() -> float:
-    """The most memory this process has held so far: of its GPU if it has one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux

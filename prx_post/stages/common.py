@@ -1,6 +1,7 @@
 """Wiring that stages share: what is trained, the batches, the sample grids, what is emitted."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class GridDrawer:
         self.log.picture(step, "grid", grid(images, columns=len(config.sample_seeds)))
 
 
-def record_samples(run: Run, samples: list[Sample], rows: PictureRows) -> str:
+def record_samples(run: Run, samples: list[Sample], name_of: Callable[[Sample], str]) -> str:
     """Write what is trained on to samples.jsonl, a line a sample; returns its digest.
 
     Raises:
@@ -117,15 +118,15 @@ def record_samples(run: Run, samples: list[Sample], rows: PictureRows) -> str:
     if run.saved is not None and run.saved.info["data"] != digest:
         before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         known = {(line["image"], line["prompt_key"]) for line in before}
-        odd = [rows.name(s.row) for s in samples if (s.image_key, s.prompt_key) not in known]
+        odd = [name_of(s) for s in samples if (s.image_key, s.prompt_key) not in known]
         odd += [line["name"] for line in before if (line["image"], line["prompt_key"]) not in set(keys)]
         raise DataError(
-            f"dataset_name holds other data than {run.saved.folder} was trained on: {len(samples)} samples, "
+            f"the data set holds other data than {run.saved.folder} was trained on: {len(samples)} samples, "
             f"{len(before)} before; {odd[0] if odd else 'their order'} differs. "
             f"Restore it, or start a new run from the emitted pipeline."
         )
     lines = [
-        {"name": rows.name(s.row), "size": s.size, "image": s.image_key, "prompt_key": s.prompt_key, "prompt": s.prompt}
+        {"name": name_of(s), "size": s.size, "image": s.image_key, "prompt_key": s.prompt_key, "prompt": s.prompt}
         for s in samples
     ]
     write_jsonl(path, lines)
@@ -148,14 +149,24 @@ def check_base(run: Run, pipeline: PipelineFolder, cache_dir: Path) -> str:
 
 
 def emit_trained(
-    pipeline: PipelineFolder, model: ModelConfig, weights: dict[str, Tensor], run: Run, dtype: str, card: ModelCard
+    pipeline: PipelineFolder,
+    model: ModelConfig,
+    weights: dict[str, Tensor],
+    run: Run,
+    dtype: str,
+    card: ModelCard,
+    scheduler: Any = None,
 ) -> None:
     """`final/`, a complete pipeline; for LoRA with the adapter merged, and the adapter itself in `final-adapter/`.
 
     The trained `weights` go into a fresh copy of the network on the CPU: the one in training may be split, compiled or
     wrapped.
+
+    Args:
+        scheduler: emitted in the place of the pipeline's own.
     """
     checkpoint = load(pipeline)
+    checkpoint.scheduler = scheduler or checkpoint.scheduler
     checkpoint.card = card.render()
     network = lora.attach(checkpoint.transformer, model) if model.use_peft else checkpoint.transformer
     names = dict(network.named_parameters())

@@ -162,7 +162,7 @@ def _train(
     samples, cache = prepare(
         data, rows, encoders, buckets, run.output_dir / "bad_rows.jsonl", config.sample_prompts, run.shard
     )
-    digest = on_main(accelerator, lambda: record_samples(run, samples, rows))
+    digest = on_main(accelerator, lambda: record_samples(run, samples, lambda sample: rows.name(sample.row)))
     base = on_main(accelerator, lambda: check_base(run, pipeline, Path(data.cache_dir).expanduser()))
     if cache is not None:
         encoders.free()

@@ -108,9 +108,9 @@ def write_prompts(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def write_all(folder: Path, seed: int = 0) -> None:
-    """curated/ (for SFT), reference/ (real pictures for FID), prompts-test.jsonl and prompts-validation.jsonl."""
+    """curated/ (for SFT), reference/ (real pictures for FID), and prompts-*.jsonl of train, validation and test."""
     folder.mkdir(parents=True, exist_ok=True)
     write_folder(curated_pictures(seed), folder / "curated")
     write_folder(reference_pictures(seed), folder / "reference")
-    for split in ("test", "validation"):
+    for split in ("train", "validation", "test"):
         write_prompts(prompt_set(split), folder / f"prompts-{split}.jsonl")

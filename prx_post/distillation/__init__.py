@@ -1,0 +1,1 @@
+"""Few-step students: what `prx-post distill` is made of."""

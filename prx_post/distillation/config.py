@@ -1,0 +1,249 @@
+"""Settings of `prx-post distill` and their checks."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from prx_post.config import (
+    ConfigError,
+    DataConfig,
+    TrainConfig,
+    check_types,
+    doc,
+    require,
+    require_fraction,
+    require_guidance,
+    require_not_negative,
+    require_one_of,
+    require_positive,
+)
+
+METHODS = ("trajectory", "ladd", "dmd2")
+NETWORK_OF = {"ladd": "terms.ladd.", "dmd2": "terms.dmd2."}
+"""Where the weights of a method's own network are in the objective."""
+
+
+@dataclass
+class TeacherConfig:
+    """The teacher, and the latents that it makes of prompts."""
+
+    teacher_model_name_or_path: str | None = doc("Folder or Hub id of the teacher; null: model_name_or_path.", None)
+    teacher_model_revision: str | None = doc("Hub revision of the teacher.", None)
+    teacher_num_inference_steps: int = doc("Sampler steps of the teacher's latents.", 28)
+    teacher_guidance_scale: float = doc("The teacher's guidance, in its latents and wherever it is followed.", 5.0)
+    teacher_batch_size: int = doc("Latents that the teacher makes at a time.", 16)
+    prompts_file: str | None = doc("Training prompts: JSON lines with a `prompt` each.", None)
+    latents_per_prompt: int = doc("Latents for each prompt, from different noise.", 1)
+    latents_seed: int = doc("Seed of the noise that the teacher's latents begin with.", 0)
+    height: int | None = doc("Height, pixels; null: the checkpoint's default_sample_size.", None)
+    width: int | None = doc("Width, pixels; null: the checkpoint's default_sample_size.", None)
+    skip_text_cleaning: bool = doc("Only light prompt cleaning; use the same value at inference.", False)
+    cache: str = doc("`disk`, and nothing else: latents and embeddings are read from the cache.", "disk")
+    cache_dir: str = doc("Folder of the cache.", "~/.cache/prx-post")
+    real_fraction: float = doc("Share of each batch that are real pictures, of dataset_name, not the teacher's.", 0.0)
+    dataset_name: str | None = doc("Real pictures: an image folder, parquet, or a Hub id.", None)
+    dataset_split: str = doc("Split to read.", "train")
+    image_column: str = doc("Column with the pictures.", "image")
+    prompt_column: str = doc("Column with the captions.", "prompt")
+    max_bad_fraction: float = doc("Stop when more than this share of the real rows cannot be used.", 0.01)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        reason, action = "the teacher makes a latent of each", "Set it to a file of prompts"
+        require(bool(self.prompts_file), "prompts_file", self.prompts_file, "a file", reason, action)
+        require_positive(self, "teacher_num_inference_steps", "teacher_batch_size", "latents_per_prompt")
+        require_not_negative(self, "latents_seed")
+        require_guidance(self.teacher_guidance_scale)
+        require_fraction(self, "real_fraction", "max_bad_fraction")
+        reason = "every step reads the teacher's latents and the prompts' embeddings, which are made once"
+        require(self.cache == "disk", "cache", self.cache, "disk", reason, "Set it, or leave it out")
+        has_pictures = self.dataset_name is not None
+        reason, action = f"real_fraction is {self.real_fraction}", "Set both, or neither"
+        require(has_pictures == (self.real_fraction > 0), "dataset_name", self.dataset_name, "set", reason, action)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+
+    def real_pictures(self, size: tuple[int, int]) -> DataConfig:
+        """How the real pictures are read; `real_fraction` must be above 0."""
+        return DataConfig(
+            dataset_name=self.dataset_name,
+            dataset_split=self.dataset_split,
+            image_column=self.image_column,
+            prompt_column=self.prompt_column,
+            height=size[0],
+            width=size[1],
+            skip_text_cleaning=self.skip_text_cleaning,
+            cache_dir=self.cache_dir,
+            max_bad_fraction=self.max_bad_fraction,
+        )
+
+
+@dataclass
+class DistillConfig(TrainConfig):
+    """How the student learns, on top of the training loop's settings."""
+
+    method: list[str] = doc("One or more of `trajectory`, `ladd`, `dmd2`; their losses are added.", ["trajectory"])
+    method_weights: list[float] | None = doc("Weight of each method's loss for the student; null: 1 each.", None)
+    num_inference_steps: int = doc("Steps that the student samples in; it is trained on exactly their noise levels.", 8)
+    guidance_scale: float = doc("1, and nothing else: the student's pictures are made without guidance.", 1.0)
+    shift_terminal: float | None = doc(
+        "Last noise level before 0 in the emitted scheduler, which stretches the others to it; null: the teacher's "
+        "scheduler as it is, whose last step can be idle.",
+        0.3,
+    )
+    sampler: str = doc("`euler`, or `renoise`: every step goes to x0 and back up with new noise.", "euler")
+    timestep_weights: list[float] | None = doc(
+        "How often each noise level of the grid is trained, from noise to data; null: equally.", None
+    )
+    warmup_timestep_weights: list[float] | None = doc("The same during timestep_warmup_steps.", None)
+    timestep_warmup_steps: int = doc("Steps for which warmup_timestep_weights hold.", 0)
+    trajectory_teacher_steps: int = doc("Guided steps of the teacher that one step of the student follows.", 4)
+    velocity_weight: float = doc("Weight of the squared error to the teacher's guided velocity; 0: off.", 0.0)
+    head_blocks: list[int] | None = doc(
+        "Teacher's blocks, counted from 0, whose tokens a discriminator head judges; null: the last of each quarter.",
+        None,
+    )
+    head_width: int = doc("Channels of a discriminator head.", 64)
+    discriminator_learning_rate: float = doc("Learning rate of the heads, or of DMD2's fake-score network.", 1e-4)
+    discriminator_warmup_steps: int = doc("Steps at the start in which those learn alone.", 0)
+    discriminator_steps_per_generator: int = doc("Steps of those for each step that the student learns in, too.", 1)
+    renoise_mean: float = doc("Mean of the normal variable whose sigmoid is the noise level that is judged.", 1.0)
+    renoise_std: float = doc("Standard deviation of that variable.", 1.0)
+    r1_weight: float = doc("Weight of the approximate R1 penalty; 0: off.", 0.0)
+    r1_noise: float = doc("Standard deviation of that penalty's perturbation of real latents.", 0.05)
+    eval_steps: int = doc("Optimizer steps between two evaluations of the student's average; 0: none.", 0)
+    eval_prompts_file: str | None = doc("Held-out prompts for them: JSON lines with a `prompt` each.", None)
+    eval_num_prompts: int = doc("How many of those, spread evenly over the file; two pictures of each.", 64)
+    eval_num_inference_steps: list[int] = doc("Numbers of steps at which the student is evaluated.", [8, 4, 2, 1])
+    eval_rewards: list[str] = doc("Rewards of the evaluations, as in `eval`.", [])
+    eval_encoder: str | None = doc(
+        "Encoder of the Fréchet distance to the teacher's pictures and of diversity, as in `eval`; null: neither.",
+        None,
+    )
+    load_best_model_at_end: bool = doc("Emit the best evaluated average, not the last.", False)
+    metric_for_best_model: str | None = doc("A reward's name, or `fid`, at num_inference_steps.", None)
+    min_diversity: float = doc("Stop when diversity falls below this share of the teacher's.", 0.5)
+    max_discriminator_accuracy: float = doc("Stop when the discriminator is this accurate, 1: never ...", 0.98)
+    saturation_patience: int = doc("... for this many logged windows in a row.", 10)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.method, str):
+            self.method = [self.method]
+        super().__post_init__()
+        self._check_methods()
+        self._check_grid()
+        self._check_adversary()
+        self._check_evaluation()
+
+    def _check_methods(self) -> None:
+        for name in self.method:
+            require_one_of("method", name, METHODS)
+        rule, reason = "one or more different methods", "each adds a loss"
+        require(0 < len(set(self.method)) == len(self.method), "method", self.method, rule, reason, "Correct it")
+        weights, count = self.method_weights, len(self.method)
+        if weights is not None:
+            rule, action = f"{count} numbers above 0", "Give one for each method, or leave it out"
+            ok = len(weights) == count and all(0 < weight < math.inf for weight in weights)
+            require(ok, "method_weights", weights, rule, f"method is {self.method}", action)
+        require_positive(self, "trajectory_teacher_steps")
+        require_not_negative(self, "velocity_weight")
+        reason, action = (
+            "a distilled student has guidance built in",
+            "Leave it out; teacher_guidance_scale is what counts",
+        )
+        require(self.guidance_scale == 1, "guidance_scale", self.guidance_scale, "1", reason, action)
+
+    def _check_grid(self) -> None:
+        steps = self.num_inference_steps
+        if self.shift_terminal is not None:
+            reason, action = "it is a noise level between data and noise", "Set it to 0.3, or to null"
+            require(
+                0 < self.shift_terminal < 1, "shift_terminal", self.shift_terminal, "between 0 and 1", reason, action
+            )
+            reason = "the scheduler divides by zero when it stretches a single level"
+            action = "Set it to null: one step has no level to end at"
+            require(steps > 1, "shift_terminal", self.shift_terminal, "null for one step", reason, action)
+        require_one_of("sampler", self.sampler, ("euler", "renoise"))
+        require_not_negative(self, "timestep_warmup_steps")
+        for name in ("timestep_weights", "warmup_timestep_weights"):
+            weights = getattr(self, name)
+            if weights is not None:
+                rule, reason = f"{steps} numbers, 0 or more, not all 0", f"num_inference_steps is {steps}"
+                ok = len(weights) == steps and all(0 <= w < math.inf for w in weights) and sum(weights) > 0
+                require(ok, name, weights, rule, reason, "Give one a step, from noise to data")
+        reason, action = "it says for how long warmup_timestep_weights hold", "Set both, or neither"
+        both = (self.timestep_warmup_steps > 0) == (self.warmup_timestep_weights is not None)
+        require(both, "timestep_warmup_steps", self.timestep_warmup_steps, "set with the weights", reason, action)
+
+    def _check_adversary(self) -> None:
+        require_positive(self, "head_width", "discriminator_learning_rate", "discriminator_steps_per_generator")
+        require_positive(self, "renoise_std", "r1_noise", "saturation_patience")
+        require_not_negative(self, "discriminator_warmup_steps", "r1_weight")
+        require_fraction(self, "min_diversity", "max_discriminator_accuracy")
+        has_network = any(name in NETWORK_OF for name in self.method)
+        for name, plain in (("discriminator_warmup_steps", 0), ("discriminator_steps_per_generator", 1)):
+            value, reason = getattr(self, name), f"method is {self.method}, which has no discriminator"
+            require(has_network or value == plain, name, value, str(plain), reason, "Leave it out")
+        rule, reason = f"below max_steps ({self.max_steps})", "the student learns after it"
+        warmup = self.discriminator_warmup_steps
+        require(warmup < self.max_steps, "discriminator_warmup_steps", warmup, rule, reason, "Lower it")
+        if self.deepspeed is not None:
+            self.check_zero(*_zero_of(self.deepspeed))
+
+    def check_zero(self, stage: int, offload: bool) -> None:
+        """Raise ConfigError for what the stage cannot do under DeepSpeed."""
+        reason = (
+            "the discriminator's weights are used both as they are and without gradient, which split weights cannot"
+        )
+        require(stage < 3, "deepspeed", f"zero{stage}", "zero1 or zero2", reason, "The frozen teacher is whole anyway")
+        waits = self.discriminator_warmup_steps > 0 or self.discriminator_steps_per_generator > 1
+        reason = "the student waits in some steps, and the optimizer on the CPU counts steps for all weights together"
+        require(not (offload and waits), "deepspeed", "an optimizer on the CPU", "zero1 or zero2", reason, "Change it")
+
+    def _check_evaluation(self) -> None:
+        require_not_negative(self, "eval_steps")
+        require_positive(self, "eval_num_prompts")
+        steps = self.eval_num_inference_steps
+        rule, reason = "positive and different numbers, num_inference_steps among them", "the student is judged at it"
+        ok = len(set(steps)) == len(steps) and all(n > 0 for n in steps) and self.num_inference_steps in steps
+        require(
+            ok or not self.eval_steps,
+            "eval_num_inference_steps",
+            steps,
+            rule,
+            reason,
+            f"Add {self.num_inference_steps}",
+        )
+        if self.eval_steps:
+            value, reason = self.eval_prompts_file, "evaluations need prompts"
+            require(bool(value), "eval_prompts_file", value, "a file", reason, "Set it, or eval_steps: 0")
+        if self.load_best_model_at_end:
+            reason, action = "the best is found by evaluations", "Set it, or load_best_model_at_end: false"
+            require(self.eval_steps > 0, "eval_steps", self.eval_steps, "above 0", reason, action)
+            known = [*self.eval_rewards, *(["fid"] if self.eval_encoder else [])]
+            require_one_of("metric_for_best_model", str(self.metric_for_best_model), known)
+
+    def learning_rates(self) -> dict[str, float]:
+        networks = {NETWORK_OF[name]: self.discriminator_learning_rate for name in self.method if name in NETWORK_OF}
+        return {**networks, **super().learning_rates()}
+
+    def student_learns(self, step: int) -> bool:
+        """Whether optimizer step `step`, counted from 0, changes the student, or only the discriminator."""
+        after = step - self.discriminator_warmup_steps
+        return after >= 0 and (after + 1) % self.discriminator_steps_per_generator == 0
+
+    def waiting(self, step: int) -> tuple[str, ...]:
+        return () if self.student_learns(step) else ("",)
+
+
+def _zero_of(deepspeed: str) -> tuple[int, bool]:
+    """Stage, and whether the optimizer is on the CPU; a JSON file is only looked at, its faults are told later."""
+    if not deepspeed.endswith(".json"):
+        return int(deepspeed[4]), deepspeed.endswith("_offload")
+    try:
+        zero = json.loads(Path(deepspeed).expanduser().read_text(encoding="utf-8")).get("zero_optimization", {})
+        return int(zero.get("stage", 0)), zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"deepspeed is {deepspeed!r}, which cannot be read: {error}. Check the path.") from error

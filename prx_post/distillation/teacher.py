@@ -1,0 +1,165 @@
+"""The teacher's latents: made once from prompts with its own guidance and steps, cached, tagged with all of that.
+
+cache_dir/teacher-latents/<tag>/<uuid>.safetensors    latents [C, H/f, W/f] by prompt and noise
+cache_dir/teacher-latents/<tag>/teacher.json          what the tag stands for
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from prx_post.config import PrxPostError
+from prx_post.data.buckets import Buckets
+from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
+from prx_post.data.encoding import EncodedCache, Encoders, Sample, fill_cache, prepare, with_what_others_wrote
+from prx_post.data.files import write_bytes
+from prx_post.data.prompts import read_prompt_rows
+from prx_post.data.readers import PictureRows, read_rows
+from prx_post.data.shard import Shard
+from prx_post.distillation.config import TeacherConfig
+from prx_post.generate import Sampler
+from prx_post.model.checkpoint import PipelineFolder
+
+BATCHES_A_FILE = 16
+"""As many batches are lost at most when the work is killed."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that the teacher draws, and the seed of the noise it begins with."""
+
+    row: int
+    text: str
+    key: str
+    noise_seed: int
+
+    @property
+    def latent_key(self) -> str:
+        return f"{self.key}-{self.noise_seed}"
+
+
+def read_training_prompts(config: TeacherConfig, encoders: Encoders) -> list[Prompt]:
+    """Every prompt, `latents_per_prompt` times. A noise seed is a function of the prompt, wherever it stands.
+
+    Raises:
+        PrxPostError: the file is missing, holds none, or a prompt of which cleaning leaves nothing.
+    """
+    path = Path(str(config.prompts_file)).expanduser()
+    if not path.is_file():
+        raise PrxPostError(f"prompts_file is {config.prompts_file!r}, but there is no such file. Check the path.")
+    found: dict[str, Prompt] = {}
+    for row, line in enumerate(read_prompt_rows(path)):
+        cleaned = encoders.cleaner(line["prompt"])
+        if not cleaned:
+            raise PrxPostError(
+                f"{path}, prompt {row + 1} is {line['prompt']!r}, of which prompt cleaning leaves nothing. Remove it, "
+                f"or set skip_text_cleaning: true."
+            )
+        key = content_key(cleaned)
+        for copy in range(config.latents_per_prompt):
+            sequence = np.random.SeedSequence([config.latents_seed, int(key[:16], 16), copy])
+            prompt = Prompt(row, line["prompt"], key, int(sequence.generate_state(1, np.uint64)[0] >> 1))
+            found.setdefault(prompt.latent_key, prompt)
+    if not found:
+        raise PrxPostError(f"prompts_file is {config.prompts_file!r}, which has no prompts. Choose another file.")
+    return list(found.values())
+
+
+def describe(config: TeacherConfig, pipeline: PipelineFolder, size: tuple[int, int], dtype: str) -> dict[str, Any]:
+    """All that a latent depends on, besides prompt and noise."""
+    cache_dir = Path(config.cache_dir).expanduser()
+    return {
+        "teacher": fingerprint(cache_dir, pipeline.path / "transformer", pipeline.path / "scheduler"),
+        "text": fingerprint(cache_dir, pipeline.path / "tokenizer", pipeline.path / "text_encoder"),
+        "num_inference_steps": config.teacher_num_inference_steps,
+        "guidance_scale": config.teacher_guidance_scale,
+        "height": size[0],
+        "width": size[1],
+        "dtype": dtype,
+    }
+
+
+def teacher_latents(
+    config: TeacherConfig,
+    prompts: Sequence[Prompt],
+    encoders: Encoders,
+    size: tuple[int, int],
+    sampler: Any,
+    shard: Shard,
+    extra_prompts: Sequence[str] = (),
+) -> tuple[list[Sample], EncodedCache]:
+    """Samples for training, made as far as they are missing, each process its share; embeddings too.
+
+    What a broken-off run had made is kept. A latent does not depend on how many processes there are.
+
+    Args:
+        sampler: makes the teacher's `Sampler` when a latent is missing.
+        extra_prompts: to be embedded as well.
+    """
+    pipeline, cache_dir = encoders.pipeline, Path(config.cache_dir).expanduser()
+    made_with = describe(config, pipeline, size, str(encoders.text_dtype).removeprefix("torch."))
+    folder = cache_dir / "teacher-latents" / content_key(json.dumps(made_with))[:16]
+
+    def open_cache() -> EncodedCache:
+        return EncodedCache(TensorCache(folder), EncodedCache.open(cache_dir, pipeline, encoders.text_dtype).embeddings)
+
+    cache = open_cache()
+    if shard.rank == 0:
+        text = json.dumps({"source": pipeline.source, **made_with}, indent=2)
+        write_bytes(folder / "teacher.json", (text + "\n").encode())
+    samples = [Sample(p.row, p.text, size, p.latent_key, p.key) for p in prompts]
+    texts = list(dict.fromkeys(["", *extra_prompts, *(p.text for p in prompts)]))
+    no_pictures: Any = None  # fill_cache reads rows of samples alone
+    fill_cache(cache, [], no_pictures, texts, encoders, shard)
+    cache = with_what_others_wrote(open_cache, [], shard)
+    batch = config.teacher_batch_size
+    batches = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+    missing = [part for part in batches if any(p.latent_key not in cache.latents for p in part)]
+    if missing:
+        channels, height, width = pipeline.latent_shape(*size)
+        check_free_space(cache.latents.folder, 4 * channels * height * width * batch * len(missing))
+    shard.wait()  # until every process has seen the same cache
+    own = shard.of(missing)
+    if own:
+        _make(own, cache, sampler(), quiet=shard.rank > 0)
+    return samples, with_what_others_wrote(open_cache, samples, shard)
+
+
+def _make(batches: Sequence[Sequence[Prompt]], cache: EncodedCache, sampler: Sampler, quiet: bool) -> None:
+    assert isinstance(cache.latents, TensorCache)
+    null = cache.embeddings[content_key("")]
+    progress = tqdm(total=len(batches), desc="teacher latents", unit="batch", disable=quiet)
+    for start in range(0, len(batches), BATCHES_A_FILE):
+        made: list[tuple[str, Tensor]] = []
+        for part in batches[start : start + BATCHES_A_FILE]:
+            latents = sampler.latents([cache.embeddings[p.key] for p in part], null, [p.noise_seed for p in part])
+            made += zip((p.latent_key for p in part), latents.cpu(), strict=True)
+            progress.update()
+        cache.latents.write(item for item in made if item[0] not in cache.latents)
+    progress.close()
+
+
+def with_real_pictures(
+    config: TeacherConfig,
+    samples: list[Sample],
+    cache: EncodedCache,
+    encoders: Encoders,
+    size: tuple[int, int],
+    bad_rows_path: Path,
+    shard: Shard,
+) -> tuple[list[Sample], EncodedCache, PictureRows | None]:
+    """The teacher's samples followed by the real ones, and a cache of both; unchanged if real_fraction is 0."""
+    if not config.real_fraction:
+        return samples, cache, None
+    data = config.real_pictures(size)
+    rows = read_rows(data)
+    real, encoded = prepare(data, rows, encoders, Buckets(encoders.pipeline, *size), bad_rows_path, (), shard)
+    assert encoded is not None
+    joined = JoinedCache(cache.latents, encoded.latents)
+    return [*samples, *real], EncodedCache(joined, encoded.embeddings), rows

@@ -1,0 +1,64 @@
+"""What happened since the last logged step."""
+
+import math
+import resource
+import time
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Window:
+    """Sums stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.images = 0
+        self._resumed = False
+        self.start()
+
+    def start(self) -> None:
+        """Begin anew; right after `resume`, begin with what was resumed."""
+        if not self._resumed:
+            self.sums, self.counts, self.images, self.grad_norm = {}, {}, 0, math.nan
+        self._resumed = False
+        self.waited_s = self.excluded_s = self.learning_rate = 0.0
+        self._timed_from = self.images
+        self._began = time.perf_counter()
+
+    def resume(self, sums: dict[str, Tensor], counts: dict[str, int], images: int) -> None:
+        self.sums, self.counts, self.images = sums, dict(counts), images
+        self._resumed = True
+
+    def add(self, metrics: Mapping[str, Tensor], images: int) -> None:
+        """Metrics of one micro-batch; a name need not be in every one."""
+        self.images += images
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def close(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over the steps that had a metric, and processes; nan for a window of which every step was skipped."""
+        sums = {name: total.to(accelerator.device) for name, total in self.sums.items()}
+        means = {name: float(accelerator.reduce(total / self.counts[name], "mean")) for name, total in sums.items()}
+        # after the sums were read, so that a GPU has caught up
+        elapsed = time.perf_counter() - self._began - self.excluded_s
+        return {
+            "loss": math.nan,
+            **means,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "images_per_second": (self.images - self._timed_from) * accelerator.num_processes / elapsed,
+            "data_wait_fraction": self.waited_s / elapsed,
+            "peak_memory_gib": peak_memory_gib(),
+        }
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held so far: of its GPU if it has one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux

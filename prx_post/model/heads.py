@@ -1,0 +1,132 @@
+"""LADD's discriminator: light heads on the tokens that a frozen transformer has after some of its blocks.
+
+Shapes: tokens [K, B, N, D] of K blocks, N = height · width image tokens in row order, D the transformer's width;
+logits [K, B, N].
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prx_post.config import require
+from prx_post.model.denoiser import predict_velocity
+
+FREQUENCIES = 32
+
+
+def default_blocks(depth: int) -> list[int]:
+    """The last block of each quarter of the network, counted from 0; of 16 blocks 3, 7, 11 and 15."""
+    return sorted({max(0, (quarter * depth) // 4 - 1) for quarter in range(1, 5)})
+
+
+def check_blocks(blocks: Sequence[int] | None, depth: int) -> list[int]:
+    """`blocks`, or the default. Raises ConfigError for one that the transformer has not, or has twice."""
+    if blocks is None:
+        return default_blocks(depth)
+    action = f"Choose from 0 to {depth - 1}, or leave it out for {default_blocks(depth)}"
+    for block in blocks:
+        rule, reason = f"below {depth}", f"the teacher has {depth} blocks, counted from 0"
+        require(0 <= block < depth, "head_blocks", list(blocks), rule, reason, action)
+    rule, reason = "one or more different blocks", "each gets one head"
+    require(0 < len(blocks) == len(set(blocks)), "head_blocks", list(blocks), rule, reason, action)
+    return sorted(blocks)
+
+
+def block_tokens(
+    transformer: Any, blocks: Sequence[int], x_t: Tensor, t: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor
+) -> Tensor:
+    """The image tokens after `blocks` of a PRX transformer, [K, B, N, D]; gradients flow to x_t."""
+    found: dict[int, Tensor] = {}
+
+    def keep(block: int) -> Any:
+        return lambda module, args, output: found.update({block: output})
+
+    hooks = [transformer.blocks[block].register_forward_hook(keep(block)) for block in blocks]
+    try:
+        predict_velocity(transformer, x_t, t, prompt_embeds, prompt_mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([found[block] for block in blocks])
+
+
+class Head(nn.Module):
+    """Tokens of one block -> a logit a token, given prompt and noise level.
+
+    Each channel is standardised by constants (see `DiscriminatorHeads.calibrate`), not by a norm over the sample,
+    which would hide the very statistics that tell real from fake. Two 3×3 convolutions; the condition scales and
+    shifts between them, and is compared with the result (projection discriminator, Miyato & Koyama 2018).
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+        self.reduce = nn.Conv2d(channels, width, 1)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.modulate = nn.Linear(width, 2 * width)
+        self.project = nn.Linear(width, width)
+        self.out = nn.Conv2d(width, 1, 1)
+
+    def forward(self, tokens: Tensor, condition: Tensor, height: int, width: int) -> Tensor:
+        """tokens [B, N, D], condition [B, width of the head] -> logits [B, N]."""
+        standard = (tokens - self.mean) / self.std
+        x = self.reduce(standard.transpose(1, 2).unflatten(2, (height, width)))
+        scale, shift = self.modulate(condition)[..., None, None].chunk(2, dim=1)
+        x = x + self.first(nn.functional.silu(x))
+        x = nn.functional.silu(x * (1 + scale) + shift)
+        x = nn.functional.silu(self.second(x))
+        similarity = (x * self.project(condition)[..., None, None]).mean(1, keepdim=True)
+        return (self.out(x) + similarity).flatten(1)
+
+
+class DiscriminatorHeads(nn.Module):
+    """One `Head` a block, and what they share: the condition, made of the pooled prompt and the noise level."""
+
+    def __init__(self, blocks: Sequence[int], channels: int, text_width: int, width: int = 64) -> None:
+        """channels: D of the tokens; text_width: of the prompt embeddings; width: of the heads."""
+        super().__init__()
+        self.blocks = list(blocks)
+        self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
+        self.level = nn.Linear(2 * FREQUENCIES, width)
+        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.heads = nn.ModuleList([Head(channels, width) for _ in blocks])
+
+    @property
+    def names(self) -> list[str]:
+        return [f"block{block}" for block in self.blocks]
+
+    @torch.no_grad()
+    def calibrate(self, tokens: Tensor) -> None:
+        """Set each head's channel means and deviations to those of real tokens [K, B, N, D]."""
+        for head, of_block in zip(self.heads, tokens, strict=True):
+            flat = of_block.float().flatten(0, 1)
+            head.mean.copy_(flat.mean(0))  # type: ignore[operator]
+            head.std.copy_(flat.std(0).clamp_min(1e-3))  # type: ignore[operator]
+
+    def forward(
+        self, tokens: Tensor, t: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
+        """Logits [K, B, N].
+
+        Args:
+            tokens: [K, B, N, D] after `blocks`, of samples noised to t [B].
+            prompt_embeds, prompt_mask: [B, L, E] and [B, L] bool.
+            grid: rows and columns of tokens.
+        """
+        weight = prompt_mask.unsqueeze(-1).to(prompt_embeds.dtype)
+        pooled = (prompt_embeds * weight).sum(1) / weight.sum(1).clamp_min(1)
+        condition = self.condition(self.text(pooled) + self.level(_waves(t)))
+        return torch.stack([head(x, condition, *grid) for head, x in zip(self.heads, tokens, strict=True)])
+
+
+def _waves(t: Tensor) -> Tensor:
+    """Sines and cosines of t [B] at frequencies from 1 to 1000 (geometric), [B, 2 · FREQUENCIES]."""
+    frequencies = torch.logspace(0, 3, FREQUENCIES, device=t.device)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
