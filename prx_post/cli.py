@@ -20,7 +20,13 @@ COMMANDS = {
     "tiny": ("prx_post.tiny.commands", "the embedded world: `tiny data` writes its data sets, `tiny build` remakes it"),
 }
 
-LAUNCHED = ("sft", "distill", "eval")
+TEACHER_LATENTS = "data teacher-latents"
+ENTRY_POINTS = {name: (module, "run") for name, (module, _) in COMMANDS.items()} | {
+    TEACHER_LATENTS: ("prx_post.stages.distill", "make_latents")
+}
+"""Each command's module and function."""
+
+LAUNCHED = ("sft", "distill", "eval", TEACHER_LATENTS)
 """Commands that may run on several processes."""
 LAUNCH_FLAGS = (
     *("--accelerate_config", "--num_processes", "--num_machines", "--machine_rank"),
@@ -36,8 +42,9 @@ commands:
 {commands}
 
 `prx-post <command> --help` lists a command's settings. Every setting may stand in the YAML file or on the command line.
-On several processes (sft, distill, eval): add --num_processes N and --accelerate_config multi_gpu|zero1|zero2|zero3|FILE (and
-for several machines --num_machines, --machine_rank, --main_process_ip, --main_process_port); torchrun works as well.
+On several processes (sft, distill, data teacher-latents, eval): add --num_processes N and --accelerate_config
+multi_gpu|zero1|zero2|zero3|FILE (and for several machines --num_machines, --machine_rank, --main_process_ip,
+--main_process_port); torchrun works as well.
 """
 
 
@@ -50,15 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         print(f"prx-post {__version__}")
         return 0
-    command, *rest = args
-    if command not in COMMANDS:
+    command, *rest = [TEACHER_LATENTS, *args[2:]] if args[:2] == TEACHER_LATENTS.split() else args
+    if command not in ENTRY_POINTS:
         print(f"error: {command!r} is not a command. Choose from {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     try:
-        module = importlib.import_module(COMMANDS[command][0])
+        module_name, function = ENTRY_POINTS[command]
+        module = importlib.import_module(module_name)
         if command in LAUNCHED and any(arg.split("=")[0] in LAUNCH_FLAGS for arg in rest):
-            return importlib.import_module("prx_post.engine.launch").launch(command, rest, LAUNCH_FLAGS, module.check)
-        module.run(rest)
+            launch = importlib.import_module("prx_post.engine.launch").launch
+            return launch(command.split(), rest, LAUNCH_FLAGS, module.check)
+        getattr(module, function)(rest)
     except PrxPostError as error:
         line = error.report()
         if line is not None:

@@ -95,19 +95,29 @@ def require_fraction(config: object, *names: str) -> None:
 def check_types(config: Any) -> None:
     """Check every field's value against its annotation (YAML values reach a dataclass unchecked).
 
-    Integers are accepted, and converted, where a float is expected. Raises ConfigError naming the first wrong field.
+    Integers are accepted, and converted, where a float is expected, also in a list. Raises ConfigError naming the first wrong field.
     """
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if isinstance(value, int) and not isinstance(value, bool) and float in _alternatives(hints[f.name]):
             setattr(config, f.name, float(value))
-        elif not any(_is_a(value, kind) for kind in _alternatives(hints[f.name])):
-            expected = _describe(hints[f.name])
-            wrong = f"it was given as {type(value).__name__}"
-            if elements := _wrong_elements(value, hints[f.name]):
-                wrong = f"its element {elements[0]!r} is {type(elements[0]).__name__}"
-            require(False, f.name, value, expected, wrong, f"Write {f.name} as {expected}")
+        elif isinstance(value, list) and list[float] in _alternatives(hints[f.name]):
+            setattr(config, f.name, [float(v) if type(v) is int else v for v in value])
+            _check_type(config, f.name, hints[f.name])
+        else:
+            _check_type(config, f.name, hints[f.name])
+
+
+def _check_type(config: Any, name: str, hint: Any) -> None:
+    value = getattr(config, name)
+    if any(_is_a(value, kind) for kind in _alternatives(hint)):
+        return
+    expected = _describe(hint)
+    wrong = f"it was given as {type(value).__name__}"
+    if elements := _wrong_elements(value, hint):
+        wrong = f"its element {elements[0]!r} is {type(elements[0]).__name__}"
+    require(False, name, value, expected, wrong, f"Write {name} as {expected}")
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ from prx_post.model.codec import to_images
 from prx_post.model.denoiser import guided
 from prx_post.model.text import PromptCleaner, pad_embeddings
 from prx_post.parsing import parse
-from prx_post.sampling import euler_sample
+from prx_post.sampling import euler_sample, renoise_sample
 
 Embed = Callable[[str], Tensor]
 """prompt -> embedding without padding, [L, D]"""
@@ -44,7 +44,7 @@ class Sampler:
 
     The noise of a picture is that of `torch.Generator().manual_seed(seed)`, so in float32 one picture equals what
     PRXPipeline makes with that generator. (PRXPipeline itself fails on guided batches.) Whatever the transformer's
-    precision, the trajectory is kept in float32.
+    precision, the trajectory is kept in float32. A scheduler with `stochastic_sampling` re-noises between steps.
     """
 
     transformer: Any
@@ -88,7 +88,13 @@ class Sampler:
         noise = seeded_noise(seeds, self.latent_shape).to(self.device)
         sigmas = inference_sigmas(self.scheduler, self.num_inference_steps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            if self.scheduler.config.stochastic_sampling:
+                return renoise_sample(step, noise, sigmas, lambda number: self.fresh_noise(seeds, number))
             return euler_sample(step, noise, sigmas)
+
+    def fresh_noise(self, seeds: Sequence[int], step: int) -> Tensor:
+        """What a re-noising sampler adds after step `step`, counted from 1."""
+        return seeded_noise([seed + step * 2**50 for seed in seeds], self.latent_shape).to(self.device)
 
 
 def generate_images(

@@ -160,7 +160,7 @@ class StudentMonitor:
 
     def _check_diversity(self, step: int, metrics: dict[str, float]) -> None:
         name = f"eval/diversity/{self._own_steps}_steps"
-        if name not in metrics:
+        if name not in metrics or step == 0:
             return
         own, teachers = metrics[name], metrics["eval/diversity/teacher"]
         if own < self.config.min_diversity * teachers:

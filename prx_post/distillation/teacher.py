@@ -25,6 +25,7 @@ from prx_post.data.shard import Shard
 from prx_post.distillation.config import TeacherConfig
 from prx_post.generate import Sampler
 from prx_post.model.checkpoint import PipelineFolder
+from prx_post.model.text import PromptCleaner
 
 BATCHES_A_FILE = 16
 """As many batches are lost at most when the work is killed."""
@@ -44,7 +45,7 @@ class Prompt:
         return f"{self.key}-{self.noise_seed}"
 
 
-def read_training_prompts(config: TeacherConfig, encoders: Encoders) -> list[Prompt]:
+def read_training_prompts(config: TeacherConfig, cleaner: PromptCleaner) -> list[Prompt]:
     """Every prompt, `latents_per_prompt` times. A noise seed is a function of the prompt, wherever it stands.
 
     Raises:
@@ -55,7 +56,7 @@ def read_training_prompts(config: TeacherConfig, encoders: Encoders) -> list[Pro
         raise PrxPostError(f"prompts_file is {config.prompts_file!r}, but there is no such file. Check the path.")
     found: dict[str, Prompt] = {}
     for row, line in enumerate(read_prompt_rows(path)):
-        cleaned = encoders.cleaner(line["prompt"])
+        cleaned = cleaner(line["prompt"])
         if not cleaned:
             raise PrxPostError(
                 f"{path}, prompt {row + 1} is {line['prompt']!r}, of which prompt cleaning leaves nothing. Remove it, "

@@ -37,7 +37,7 @@ def split_flags(args: Sequence[str], launch_flags: Sequence[str]) -> tuple[dict[
 
 
 def launch(
-    command: str, args: Sequence[str], launch_flags: Sequence[str], check: Callable[[Sequence[str]], Any]
+    command: Sequence[str], args: Sequence[str], launch_flags: Sequence[str], check: Callable[[Sequence[str]], Any]
 ) -> int:
     """Run `prx-post <command>` in `num_processes` processes. Returns an exit code.
 
@@ -61,7 +61,7 @@ def launch(
         launcher = resolve_accelerate_config_argument(["--accelerate_config", config_name])
         for name, value in flags.items():
             launcher += [f"--{name}", value]
-        parsed = launch_command_parser().parse_args([*launcher, "--module", "prx_post.cli", command, *own])
+        parsed = launch_command_parser().parse_args([*launcher, "--module", "prx_post.cli", *command, *own])
     except ValueError as error:
         raise ConfigError(f"accelerate_config is {config_name!r}: {error}") from error
     if parsed.use_fsdp or config_name.startswith("fsdp"):

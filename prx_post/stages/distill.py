@@ -18,7 +18,7 @@ from prx_post.data.source import BatchSource, MixedPlan
 from prx_post.distillation.config import DistillConfig, TeacherConfig
 from prx_post.distillation.monitor import StudentMonitor, open_eval_rewards, read_eval_prompts
 from prx_post.distillation.objective import DistillationObjective, Teacher
-from prx_post.distillation.teacher import read_training_prompts, teacher_latents, with_real_pictures
+from prx_post.distillation.teacher import Prompt, read_training_prompts, teacher_latents, with_real_pictures
 from prx_post.engine.processes import on_main, output_folder, seed_everything
 from prx_post.engine.run import Run, open_run
 from prx_post.engine.tracking import RunLog, check_trackers
@@ -129,6 +129,7 @@ def train(model: ModelConfig, teacher: TeacherConfig, config: DistillConfig) -> 
     check_trackers(config.report_to)
     if config.eval_encoder:
         open_encoder(config.eval_encoder, torch.device("cpu"), "float32", 16)
+    prompts = read_training_prompts(teacher, PromptCleaner(teacher.skip_text_cleaning))
     eval_prompts = read_eval_prompts(config)
     open_eval_rewards(config, eval_prompts)
     settings = {k: v for part in (model, teacher, config) for k, v in dataclasses.asdict(part).items()}
@@ -139,7 +140,7 @@ def train(model: ModelConfig, teacher: TeacherConfig, config: DistillConfig) -> 
                 f"unguided pictures; PRX checkpoints are meant to be guided, by 4 or 5."
             )
         if not run.is_finished:
-            _Distillation(run, pipelines, (model, teacher, config), eval_prompts).train()
+            _Distillation(run, pipelines, (model, teacher, config), prompts, eval_prompts).train()
         run.accelerator.print(f"pipeline in {run.final}")
     return run.final
 
@@ -148,9 +149,9 @@ def make_latents(args: Sequence[str]) -> None:
     """`prx-post data teacher-latents`: a distillation's latents and embeddings, ahead of it."""
     model, teacher, config = check(args)
     pipelines = Pipelines.open(model, teacher, config)
+    prompts = read_training_prompts(teacher, PromptCleaner(teacher.skip_text_cleaning))
     with launched_shard() as shard:
         frozen = _Frozen(pipelines, teacher, config, default_device())
-        prompts = read_training_prompts(teacher, frozen.encoders)
         samples, cache = teacher_latents(
             teacher, prompts, frozen.encoders, pipelines.size, frozen.sampler, shard, read_eval_prompts(config)
         )
@@ -196,8 +197,10 @@ class _Frozen:
 class _Distillation:
     """One run, from its settings to the emitted pipeline."""
 
-    def __init__(self, run: Run, pipelines: Pipelines, configs: Configs, eval_prompts: list[str]) -> None:
-        self.run, self.pipelines, self.eval_prompts = run, pipelines, eval_prompts
+    def __init__(
+        self, run: Run, pipelines: Pipelines, configs: Configs, prompts: list[Prompt], eval_prompts: list[str]
+    ) -> None:
+        self.run, self.pipelines, self.prompts, self.eval_prompts = run, pipelines, prompts, eval_prompts
         self.model, self.teacher, self.config = configs
         self.accelerator = run.accelerator
         self.frozen = _Frozen(pipelines, self.teacher, self.config, run.accelerator.device)
@@ -256,10 +259,9 @@ class _Distillation:
         teacher, run, encoders = self.teacher, self.run, self.frozen.encoders
         if self.accelerator.is_main_process:
             encoders.cleaner.warn_of_lost([*self.config.sample_prompts, *self.eval_prompts])
-        prompts = read_training_prompts(teacher, encoders)
         extra = [*self.config.sample_prompts, *self.eval_prompts]
         samples, cache = teacher_latents(
-            teacher, prompts, encoders, self.pipelines.size, self.frozen.sampler, run.shard, extra
+            teacher, self.prompts, encoders, self.pipelines.size, self.frozen.sampler, run.shard, extra
         )
         self._num_teachers = len(samples)
         bad_rows = run.output_dir / "bad_rows.jsonl"

@@ -1,0 +1,95 @@
+"""Pieces of a small distillation on the embedded base."""
+
+from pathlib import Path
+
+import torch
+
+from prx_post.config import ModelConfig
+from prx_post.data.encoding import Encoders
+from prx_post.distillation.config import DistillConfig, TeacherConfig
+from prx_post.distillation.objective import DistillationObjective, Teacher
+from prx_post.model.checkpoint import load
+from prx_post.model.heads import DiscriminatorHeads
+from prx_post.model.text import PromptCleaner, pad_embeddings
+from prx_post.tiny import BASE
+
+SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.3, 0.0])
+GUIDANCE = 3.0
+
+
+def config(**changes) -> DistillConfig:
+    values = {"output_dir": "unused", "num_inference_steps": 4, "max_steps": 100, "method": ["ladd"], **changes}
+    return DistillConfig(**values)
+
+
+def settings(prompts: Path, cache_dir: Path, output_dir: Path, **changes):
+    """The three configurations of a short run."""
+    values = {
+        "model_name_or_path": "tiny",
+        "prompts_file": str(prompts),
+        "height": 32,
+        "width": 64,
+        "cache_dir": str(cache_dir),
+        "output_dir": str(output_dir),
+        "teacher_num_inference_steps": 3,
+        "teacher_guidance_scale": GUIDANCE,
+        "teacher_batch_size": 4,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "num_inference_steps": 4,
+        "eval_num_inference_steps": [4, 1],
+        "logging_steps": 1,
+        "sample_steps": 0,
+        "report_to": [],
+        **changes,
+    }
+
+    def part(kind):
+        return kind(**{k: v for k, v in values.items() if k in kind.__dataclass_fields__})
+
+    return part(ModelConfig), part(TeacherConfig), part(DistillConfig)
+
+
+def arguments(prompts: Path, cache_dir: Path, output_dir: Path, **changes) -> list[str]:
+    """The same as a command line."""
+    flags = []
+    for part in settings(prompts, cache_dir, output_dir, **changes):
+        for name, value in vars(part).items():
+            if name in changes or name in PLAIN:
+                flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return ["distill", *flags]
+
+
+PLAIN = {
+    *("model_name_or_path", "prompts_file", "height", "width", "cache_dir", "output_dir", "max_steps", "learning_rate"),
+    *("teacher_num_inference_steps", "teacher_guidance_scale", "teacher_batch_size", "per_device_train_batch_size"),
+    *("num_inference_steps", "logging_steps", "sample_steps"),
+}
+
+
+def prompts(*texts: str) -> tuple[torch.Tensor, torch.Tensor]:
+    pipeline = load(str(BASE)).pipeline
+    encode = Encoders(pipeline, PromptCleaner(), torch.device("cpu"), torch.float32).prompts
+    return pad_embeddings([encode(text) for text in texts])
+
+
+def objective(**changes) -> DistillationObjective:
+    """A student that starts as its teacher, the embedded base, on the grid SIGMAS."""
+    settings = config(**changes)
+    torch.manual_seed(0)
+    null = prompts("")[0][0]
+    teacher = Teacher(load(str(BASE)).transformer, null, GUIDANCE, patch_size=2)
+    networks: dict = {}
+    if "ladd" in settings.method:
+        networks["ladd"] = DiscriminatorHeads(settings.head_blocks or [1, 4], channels=128, text_width=128, width=16)
+    if "dmd2" in settings.method:
+        networks["dmd2"] = load(str(BASE)).transformer.train()
+    return DistillationObjective(load(str(BASE)).transformer.train(), teacher, SIGMAS, networks, settings)
+
+
+def batch(count: int = 3, step: int = 0) -> dict:
+    embeds, mask = prompts(*["472", "eighty-one", "trois cent six", "12"][:count])
+    latents = torch.randn(count, 4, 8, 16, generator=torch.Generator().manual_seed(5))
+    seeds = [11 + 100 * i for i in range(count)]
+    return {"latents": latents, "prompt_embeds": embeds, "prompt_mask": mask, "seeds": seeds, "rows": [0], "step": step}

@@ -1,0 +1,343 @@
+"""`prx-post distill` on the embedded base, a few steps at a time."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import PRXPipeline
+from safetensors.torch import load_file
+
+from prx_post.config import ConfigError, PrxPostError
+from prx_post.distillation import monitor
+from prx_post.engine.checkpointing import open_checkpoint
+from prx_post.flow import inference_sigmas
+from prx_post.model.checkpoint import PipelineFolder, open_pipeline
+from prx_post.stages.distill import check_fit, student_scheduler, train
+from tests.distilling import settings
+
+PROMPTS = ["472", "eighty-one", "trois cent six", "neunhundertfünf", "12", "77", "five hundred"]
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "train.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    return path
+
+
+def metrics(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(run / "final" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+class Recorder:
+    """What stock PRXPipeline asks of its transformer."""
+
+    def __init__(self, pipe) -> None:
+        self.timesteps: list[float] = []
+        self.batch_sizes: list[int] = []
+        pipe.transformer.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs) -> None:
+        self.timesteps.append(float(kwargs["timestep"][0]))
+        self.batch_sizes.append(kwargs["hidden_states"].shape[0])
+
+
+def draw(pipe, steps):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        *("472",),
+        height=32,
+        width=64,
+        num_inference_steps=steps,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+        use_resolution_binning=False,
+        output_type="latent",
+    ).images
+
+
+@pytest.mark.parametrize("steps", [8, 4])
+def test_the_stock_pipeline_visits_exactly_the_levels_of_training_and_none_is_idle(
+    prompts_file, warm_cache, tmp_path, steps
+):
+    changes = {"num_inference_steps": steps, "max_steps": 1, "eval_num_inference_steps": [steps]}
+    final = train(*settings(prompts_file, warm_cache, tmp_path / "run", **changes))
+    pipe = PRXPipeline.from_pretrained(final)
+    recorder = Recorder(pipe)
+    draw(pipe, steps)
+    trained = student_scheduler(open_pipeline("tiny"), settings(prompts_file, warm_cache, tmp_path, **changes)[2])[1]
+    assert recorder.timesteps == pytest.approx(trained[:-1].tolist(), abs=1e-6)
+    assert recorder.batch_sizes == [1] * steps  # no guidance
+    assert trained[-2].item() == pytest.approx(0.3)
+    assert (-trained.diff()).min() > 0.03
+    card = (final / "README.md").read_text()
+    assert f"num_inference_steps={steps}, guidance_scale=1.0" in card
+    # it keeps what it needs at inference and nothing of the discriminator
+    assert {p.name for p in final.iterdir()} == {
+        *("README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+    }
+
+
+def test_the_teachers_own_eight_step_grid_would_waste_its_last_step():
+    sigmas = inference_sigmas(open_pipeline("tiny").load_scheduler(), 8)
+    assert sigmas[-2] < 0.01
+
+
+@pytest.mark.parametrize("sampler", ["euler", "renoise"])
+def test_our_sampler_draws_what_the_stock_pipeline_draws_from_a_student(prompts_file, warm_cache, tmp_path, sampler):
+    from prx_post.data.encoding import Encoders
+    from prx_post.generate import build_sampler
+    from prx_post.model.checkpoint import load
+    from prx_post.model.text import PromptCleaner
+
+    final = train(*settings(prompts_file, warm_cache, tmp_path / "run", max_steps=1, sampler=sampler))
+    checkpoint = load(str(final))
+    assert checkpoint.scheduler.config.stochastic_sampling == (sampler == "renoise")
+    cpu = torch.device("cpu")
+    encoders = Encoders(checkpoint.pipeline, PromptCleaner(), cpu, torch.float32)
+    ours = build_sampler(checkpoint, (32, 64), 4, 1.0, cpu)
+    latents = ours.latents([encoders.prompts("472")], encoders.prompts(""), [0])
+    pipe = PRXPipeline.from_pretrained(final)
+    if sampler == "renoise":  # the pipeline takes its fresh noise from torch's global generator; hand it ours
+        fresh = iter([ours.fresh_noise([0], step) for step in (1, 2, 3)])
+        from diffusers.schedulers import scheduling_flow_match_euler_discrete as module
+
+        original = module.randn_tensor
+        module.randn_tensor = lambda *_, **__: next(fresh, torch.zeros_like(latents))
+        try:
+            theirs = draw(pipe, 4)
+        finally:
+            module.randn_tensor = original
+    else:
+        theirs = draw(pipe, 4)
+    assert (latents - theirs).abs().max().item() < 2e-4  # see test_pipeline.py on rounding
+    assert theirs.std() > 0.3
+
+
+METHODS = [
+    {"method": ["trajectory"]},
+    {"method": ["ladd"], "discriminator_warmup_steps": 1, "discriminator_steps_per_generator": 2, "r1_weight": 1.0},
+    {"method": ["dmd2", "ladd"]},
+    {"method": ["trajectory", "ladd"], "use_peft": True, "lora_r": 4, "lora_dropout": 0.2},
+    {"method": ["dmd2"], "use_peft": True, "lora_r": 4, "velocity_weight": 0.1},
+]
+
+
+@pytest.mark.parametrize("changes", METHODS, ids=["trajectory", "ladd", "dmd2+ladd", "lora", "dmd2-lora"])
+def test_a_resumed_run_is_bit_identical(prompts_file, warm_cache, tmp_path, changes):
+    common = {"save_steps": 2, "gradient_accumulation_steps": 2, **changes}
+    train(*settings(prompts_file, warm_cache, tmp_path / "whole", **common))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-000002", broken / "checkpoint-000002")
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        shutil.copy(tmp_path / "whole" / name, broken / name)
+    train(*settings(prompts_file, warm_cache, broken, resume_from_checkpoint="latest", **common))
+    ours, theirs = weights(broken), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    base = load_file(open_pipeline("tiny").path / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(theirs[name], base[name].float()) for name in theirs)
+    ours, theirs = (open_checkpoint(run / "checkpoint-000004").tensors() for run in (broken, tmp_path / "whole"))
+    keys = [f"{part}/{key}" for part in ("model", "optimizer", "ema") for key, _ in theirs.under(part)]
+    assert all(torch.equal(ours[key], theirs[key]) for key in keys)
+    trained_besides = any(key.startswith("model/terms.") for key in keys)
+    assert trained_besides == (changes["method"] != ["trajectory"])
+    assert not any(key.startswith("ema/terms.") for key in keys)
+
+
+def test_while_the_heads_warm_up_the_student_stays_as_it_is(prompts_file, warm_cache, tmp_path):
+    """To the bit, with weight decay and moments of an earlier step."""
+    changes = {"method": ["ladd"], "weight_decay": 0.1, "save_steps": 1, "save_total_limit": None}
+    train(
+        *settings(
+            *(prompts_file, warm_cache, tmp_path / "run"),
+            discriminator_warmup_steps=2,
+            discriminator_steps_per_generator=1,
+            **changes,
+        )
+    )
+    states = [open_checkpoint(tmp_path / "run" / f"checkpoint-{n:06d}").tensors() for n in (1, 2, 3)]
+
+    def moved(a, b, prefix):
+        keys = [key for key, _ in a.under("model") if key.startswith(prefix)]
+        return sum(not torch.equal(a[f"model/{k}"], b[f"model/{k}"]) for k in keys) / len(keys)
+
+    assert moved(states[0], states[1], "transformer.") == 0
+    assert moved(states[0], states[1], "terms.") > 0.9
+    assert moved(states[1], states[2], "transformer.") > 0.9
+    assert not any(key.startswith("transformer.") for key, _ in states[1].under("optimizer"))
+
+
+def test_metrics_tell_how_the_game_stands(prompts_file, warm_cache, tmp_path):
+    train(*settings(prompts_file, warm_cache, tmp_path / "run", method=["ladd"], head_blocks=[2, 5]))
+    last = metrics(tmp_path / "run")[-1]
+    assert {
+        *("generator_loss", "discriminator_loss", "real_logit", "fake_logit", "discriminator_accuracy"),
+        *("discriminator_accuracy/block2", "discriminator_accuracy/block5", "real_logit/block2", "fake_logit/block5"),
+        *("grad_norm/student", "grad_norm/terms.ladd", "grad_norm"),
+    } <= last.keys()
+    assert last["grad_norm/student"] > 0
+    both = (last["grad_norm/student"] ** 2 + last["grad_norm/terms.ladd"] ** 2) ** 0.5
+    assert last["grad_norm"] == pytest.approx(both, rel=1e-4)
+
+
+EVALUATED = {
+    "eval_steps": 2,
+    "eval_num_prompts": 3,
+    "eval_rewards": ["judge_exact", "judge_graded"],
+    "eval_encoder": "judge",
+    "min_diversity": 0.0,
+}
+
+
+def test_the_average_is_evaluated_at_each_number_of_steps_and_the_best_is_emitted(
+    prompts_file, warm_cache, tmp_path, monkeypatch
+):
+    values = iter([0.1, 0.9, 0.5])  # of the evaluations at steps 0, 2 and 4
+    measure = monitor.StudentMonitor._measure
+
+    def rigged(self, images, teachers):
+        found = measure(self, images, teachers)
+        is_student_at_four = teachers is not None and self.student.num_inference_steps == 4
+        return found | ({"judge_graded": next(values)} if is_student_at_four else {})
+
+    monkeypatch.setattr(monitor.StudentMonitor, "_measure", rigged)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "judge_graded", "save_steps": 2}
+    common = {**EVALUATED, **best, "eval_prompts_file": str(prompts_file), "ema_decay": 0.0}
+    train(*settings(prompts_file, warm_cache, tmp_path / "run", **common))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert {f"eval/{name}/{steps}_steps" for name in ("judge_exact", "fid", "diversity") for steps in (4, 1)} < set(
+        lines[0]
+    )
+    assert "eval/judge_exact/teacher" in lines[0]
+    assert (tmp_path / "run" / "samples" / "eval-000004.png").exists()
+    assert json.loads((tmp_path / "run" / "best.json").read_text()) == {"step": 2, "value": 0.9}
+    emitted = weights(tmp_path / "run")
+    states = {n: open_checkpoint(tmp_path / "run" / f"checkpoint-{n:06d}").tensors() for n in (2, 4)}
+    name = "img_in.weight"
+    assert torch.equal(emitted[name], states[2][f"model/transformer.{name}"])
+    assert not torch.equal(emitted[name], states[4][f"model/transformer.{name}"])
+
+
+def test_evaluating_does_not_touch_training(prompts_file, warm_cache, tmp_path):
+    train(*settings(prompts_file, warm_cache, tmp_path / "plain"))
+    common = {**EVALUATED, "eval_prompts_file": str(prompts_file)}
+    train(*settings(prompts_file, warm_cache, tmp_path / "watched", **common))
+    ours, theirs = weights(tmp_path / "watched"), weights(tmp_path / "plain")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_collapsed_student_ends_the_run_with_its_state_saved(prompts_file, warm_cache, tmp_path, monkeypatch):
+    """The same picture for every noise: diversity is nothing of the teacher's."""
+    draw_all = monitor.StudentMonitor._draw
+
+    def collapsed(self, sampler):
+        images = draw_all(self, sampler)
+        return images if sampler is self.teacher else images[:3] * 2
+
+    monkeypatch.setattr(monitor.StudentMonitor, "_draw", collapsed)
+    common = {**EVALUATED, "eval_prompts_file": str(prompts_file), "min_diversity": 0.5, "save_steps": 0}
+    with pytest.raises(monitor.TrainingStopped, match=r"differ by 0.0000 at step 2, .* it has collapsed"):
+        # the untrained student, at step 0, is not judged
+        train(*settings(prompts_file, warm_cache, tmp_path / "run", **common))
+    open_checkpoint(tmp_path / "run" / "checkpoint-000002").verify()
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_discriminator_that_is_never_wrong_ends_the_run(prompts_file, warm_cache, tmp_path):
+    changes = {"method": ["ladd"], "max_discriminator_accuracy": 0.01, "saturation_patience": 2, "save_steps": 0}
+    with pytest.raises(monitor.TrainingStopped, match=r"in 2 logged windows in a row, .* stopped at step 3"):
+        train(*settings(prompts_file, warm_cache, tmp_path / "run", discriminator_warmup_steps=1, **changes))
+    open_checkpoint(tmp_path / "run" / "checkpoint-000003").verify()
+
+
+def test_real_pictures_take_their_share_of_every_batch(prompts_file, picture_folder, warm_cache, tmp_path, monkeypatch):
+    from prx_post.distillation.objective import DistillationObjective
+
+    keys = []
+    forward = DistillationObjective.forward
+
+    def spy(self, batch):
+        keys.append(list(batch["rows"]))
+        return forward(self, batch)
+
+    monkeypatch.setattr(DistillationObjective, "forward", spy)
+    changes = {"real_fraction": 0.25, "dataset_name": str(picture_folder)}
+    train(*settings(prompts_file, warm_cache, tmp_path / "run", **changes))
+    names = [json.loads(line)["name"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len([name for name in names if name.startswith("train.jsonl:")]) == len(PROMPTS)
+    assert len([name for name in names if name.endswith(".png")]) == 48
+    # rows above the prompts' can only be pictures; one of four in each batch is one
+    assert all(sum(row >= len(PROMPTS) for row in rows) <= 1 for rows in keys)
+    assert sum(row >= len(PROMPTS) for rows in keys for row in rows) >= 3
+
+
+def test_the_dc_ae_variant_is_distilled_as_well(prompts_file, dc_ae_pipeline, tmp_path):
+    changes = {"model_name_or_path": str(dc_ae_pipeline), "method": ["ladd", "trajectory"]}
+    final = train(*settings(prompts_file, tmp_path / "cache", tmp_path / "run", **changes))
+    pipe = PRXPipeline.from_pretrained(final)
+    assert draw(pipe, 4).shape == (1, 8, 8, 16)
+
+
+def no_models(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    for name in ("load_text_encoder", "load_vae", "load_transformer"):
+        monkeypatch.setattr(PipelineFolder, name, refuse)
+
+
+def test_what_does_not_fit_is_said_before_a_model_loads(prompts_file, dc_ae_pipeline, tmp_path, monkeypatch):
+    no_models(monkeypatch)
+    (tmp_path / "empty.jsonl").write_text("")
+    for changes, message in (
+        ({"teacher_model_name_or_path": str(dc_ae_pipeline)}, "transformer with .* the teacher must understand"),
+        ({"method": ["ladd"], "head_blocks": [6]}, r"head_blocks is \[6\], but must be below 6"),
+        ({"prompts_file": str(tmp_path / "none.jsonl")}, "prompts_file is .* there is no such file"),
+        ({"prompts_file": str(tmp_path / "empty.jsonl")}, "has no prompts"),
+        ({"width": 60}, "width is 60, but must be a multiple of 8"),
+        ({"eval_steps": 2, "eval_prompts_file": "nowhere"}, "eval_prompts_file is 'nowhere'"),
+    ):
+        with pytest.raises(PrxPostError, match=message):
+            train(
+                *settings(**{"prompts": prompts_file, "cache_dir": tmp_path, "output_dir": tmp_path / "run"} | changes)
+            )
+        assert not (tmp_path / "run").exists()
+
+
+def test_teacher_and_student_of_different_vaes_do_not_fit():
+    tiny = open_pipeline("tiny")
+    other = dataclasses.replace(tiny, configs={**tiny.configs, "vae": {**tiny.configs["vae"], "scaling_factor": 9.0}})
+    with pytest.raises(PrxPostError, match="vae with scaling_factor"):
+        check_fit(tiny, other)
+
+
+def test_a_scheduler_that_cannot_give_the_steps_is_an_error(tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(open_pipeline("tiny").path, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_dynamic_shifting": True}))
+    config = settings(tmp_path, tmp_path, tmp_path)[2]
+    with pytest.raises(ConfigError, match="num_inference_steps is 4, but the teacher's scheduler cannot give it"):
+        student_scheduler(open_pipeline(str(folder)), config)
+
+
+def test_a_teacher_without_guidance_is_warned_about(prompts_file, warm_cache, tmp_path, capsys):
+    train(*settings(prompts_file, warm_cache, tmp_path / "run", teacher_guidance_scale=1.0, max_steps=1))
+    assert "warning: teacher_guidance_scale is 1" in capsys.readouterr().out
+
+
+def test_a_run_is_not_resumed_with_other_heads(prompts_file, warm_cache, tmp_path):
+    common = {"method": ["ladd"], "save_steps": 2, "max_steps": 2}
+    train(*settings(prompts_file, warm_cache, tmp_path / "run", head_blocks=[1], **common))
+    shutil.rmtree(tmp_path / "run" / "final")
+    changes = {**common, "head_blocks": [2], "resume_from_checkpoint": "latest", "max_steps": 3}
+    with pytest.raises(PrxPostError, match=r"head_blocks is \[2\], but must be \[1\]"):
+        train(*settings(prompts_file, warm_cache, tmp_path / "run", **changes))

@@ -1,0 +1,269 @@
+"""The student's losses, and the ways in which distillations are known to go wrong, each a test."""
+
+import copy
+
+import pytest
+import torch
+
+from prx_post.flow import interpolate
+from prx_post.model.denoiser import predict_velocity
+from prx_post.objectives import ladd
+from tests.distilling import GUIDANCE, SIGMAS, batch, objective
+
+
+def gradients(model: torch.nn.Module, data: dict) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss, _ = model(data)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def size(grads: dict[str, torch.Tensor], prefix: str) -> float:
+    return sum(g.square().sum().item() for name, g in grads.items() if name.startswith(prefix)) ** 0.5
+
+
+def test_every_method_gives_the_student_a_gradient_and_the_teacher_none():
+    for method in ("ladd", "trajectory", "dmd2"):
+        model = objective(method=[method])
+        grads = gradients(model, batch())
+        assert size(grads, "transformer.") > 1e-6, method
+        assert all(p.grad is None for p in model.teacher.transformer.parameters())
+
+
+def test_the_teacher_is_no_part_of_the_module():
+    model = objective(method=["ladd", "trajectory", "dmd2"])
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"transformer", "terms"}
+    ours = {id(p) for p in model.parameters()}
+    assert not ours & {id(p) for p in model.teacher.transformer.parameters()}
+
+
+def test_pure_noise_goes_to_the_student_only_at_level_one():
+    """The student of level i sees the teacher's latent noised to sigmas[i], not noise at every level."""
+    model = objective()
+    data = batch()
+    for level, sigma in enumerate(SIGMAS[:-1]):
+        model.config.timestep_weights = [float(i == level) for i in range(4)]
+        step = model.student_step(data)
+        assert torch.equal(step.t, sigma.expand(3))
+        assert torch.equal(step.t_next, SIGMAS[level + 1].expand(3))
+        noise = (step.x_t - (1 - sigma) * data["latents"]) / sigma
+        # what is left after taking the latent away is standard noise, the same at every level
+        assert noise.std().item() == pytest.approx(1, abs=0.1)
+        if level == 0:
+            pure = noise
+        assert torch.allclose(noise, pure, atol=1e-5)
+
+
+def test_levels_are_drawn_as_often_as_their_weights_say():
+    model = objective(timestep_weights=[0.7, 0.1, 0.1, 0.1])
+    data = batch(1)
+    counts = dict.fromkeys(SIGMAS[:-1].tolist(), 0)
+    model.transformer.forward = lambda hidden_states, **_: (hidden_states,)
+    for seed in range(600):
+        counts[model.student_step({**data, "seeds": [seed]}).t.item()] += 1
+    # binomial with n = 600: 420 ± 4·11 and 60 ± 4·7.4
+    assert 376 < counts[1.0] < 464
+    assert all(30 < counts[s] < 90 for s in SIGMAS[1:-1].tolist())
+
+
+def test_a_warm_up_narrows_the_levels_and_then_widens_them():
+    model = objective(warmup_timestep_weights=[0, 0, 1, 0], timestep_weights=[1, 0, 0, 0], timestep_warmup_steps=5)
+    assert model.student_step(batch(step=4)).t.tolist() == pytest.approx([0.7] * 3)
+    assert model.student_step(batch(step=5)).t.tolist() == [1.0] * 3
+
+
+def test_the_sample_is_x0_and_not_the_velocity():
+    """At each level, x_t less sigma times the velocity: for a perfect velocity that is the latent itself."""
+    model = objective()
+    data = batch()
+    step = model.student_step(data)
+    noise = (step.x_t - (1 - step.t.view(-1, 1, 1, 1)) * data["latents"]) / step.t.view(-1, 1, 1, 1)
+    perfect = copy.copy(step)
+    object.__setattr__(perfect, "velocity", noise - data["latents"])
+    assert torch.allclose(perfect.sample, data["latents"], atol=1e-5)
+
+
+def test_the_teacher_is_followed_with_guidance():
+    model = objective(method=["trajectory"])
+    step = model.student_step(batch())
+    embeds, mask = step.prompts
+    null = model.teacher.null.expand(3, -1, -1)
+    with torch.no_grad():
+        cond = predict_velocity(model.teacher.transformer, step.x_t, step.t, embeds, mask)
+        null_mask = torch.ones(null.shape[:2], dtype=torch.bool)
+        uncond = predict_velocity(model.teacher.transformer, step.x_t, step.t, null, null_mask)
+    expected = uncond + GUIDANCE * (cond - uncond)
+    # the two halves run in one batch, padded to one length: fp32 rounding, GUIDANCE times
+    assert torch.allclose(model.teacher.velocity(step.x_t, step.t, step.prompts), expected, atol=2e-4)
+    assert (expected - cond).abs().max() > 0.05
+
+
+def test_a_student_that_already_does_what_its_teacher_does_has_nothing_to_learn():
+    """One unguided teacher step from the same point: the student is the teacher, so the regression is zero."""
+    model = objective(method=["trajectory"], trajectory_teacher_steps=1)
+    model.teacher.guidance_scale = 1
+    loss, _ = model(batch())
+    assert loss.item() < 1e-8
+    model.teacher.guidance_scale = GUIDANCE
+    assert model(batch())[0].item() > 1e-3
+
+
+def test_several_teacher_steps_end_where_a_sampler_on_the_finer_grid_ends():
+    from prx_post.sampling import euler_sample
+
+    model = objective(method=["trajectory"])
+    data = batch()
+    model.config.timestep_weights = [0.0, 1.0, 0.0, 0.0]
+    step = model.student_step(data)
+    ours = model.teacher.follow(step.x_t, step.t, step.t_next, step.prompts, 4)
+    fine = torch.tensor([0.9, 0.85, 0.8, 0.75, 0.7])
+    theirs = euler_sample(lambda x, t: model.teacher.velocity(x, t, step.prompts), step.x_t, fine)
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_real_and_fake_are_judged_at_the_same_level_with_the_same_noise():
+    """So a student whose sample is the teacher's latent cannot be told from it: both get the same logits."""
+    model = objective()
+    data = batch()
+    seen = []
+    tokens = model.teacher.tokens
+
+    def spy(blocks, x_t, t, prompts):
+        seen.append((x_t.detach(), t))
+        return tokens(blocks, x_t, t, prompts)
+
+    model.teacher.tokens = spy
+    model(data)
+    (fake, t_fake), (real, t_real) = seen
+    assert torch.equal(t_fake, t_real)
+    step = model.student_step(data)
+    level = t_real.view(-1, 1, 1, 1)
+    difference = (1 - level) * (step.sample.detach() - data["latents"])  # the noise cancels
+    assert torch.allclose(fake - real, difference, atol=1e-5)
+
+
+def test_real_is_the_teachers_latent():
+    model = objective()
+    data = batch()
+    step = model.student_step(data)
+    t, noise = step.renoising(1, mean=1.0, std=1.0)
+    _, metrics = model(data)
+    with torch.no_grad():
+        tokens = model.teacher.tokens([1, 4], interpolate(data["latents"], noise, t), t, step.prompts)
+        logits = model.terms["ladd"].heads(tokens, t, *step.prompts, (4, 8))
+    assert metrics["real_logit"].item() == pytest.approx(logits.mean().item(), abs=1e-5)
+
+
+def test_one_backward_pass_gives_both_networks_the_gradients_of_two_separate_ones():
+    """The combined update against the alternating one: the student's loss alone, then the heads' loss alone."""
+    model = objective()
+    data = batch()
+    combined = gradients(model, data)
+    heads, teacher = model.terms["ladd"].heads, model.teacher
+    step = model.student_step(data)
+    t, noise = step.renoising(1, mean=1.0, std=1.0)
+
+    def logits(x0):
+        return heads(teacher.tokens([1, 4], interpolate(x0, noise, t), t, step.prompts), t, *step.prompts, (4, 8))
+
+    model.zero_grad()
+    ladd.generator_loss(logits(step.sample)).backward()
+    for name, parameter in model.transformer.named_parameters():
+        assert torch.allclose(combined[f"transformer.{name}"], parameter.grad, rtol=1e-4, atol=1e-8), name
+    model.zero_grad()
+    ladd.discriminator_loss(logits(data["latents"]), logits(step.sample.detach())).backward()
+    for name, parameter in heads.named_parameters():
+        assert torch.allclose(combined[f"terms.ladd.heads.{name}"], parameter.grad, rtol=1e-4, atol=1e-8), name
+
+
+def test_following_the_gradients_the_student_fools_and_the_heads_tell_apart():
+    model = objective(timestep_weights=[1, 0, 0, 0])
+    data = batch()
+    before = model(data)[1]
+    grads = gradients(model, data)
+
+    def moved(prefix: str, rate: float) -> dict[str, torch.Tensor]:
+        other = copy.deepcopy(model)
+        other.teacher = model.teacher
+        with torch.no_grad():
+            for name, parameter in other.named_parameters():
+                if name.startswith(prefix):
+                    parameter -= rate * grads[name]
+        return other(data)[1]
+
+    assert moved("transformer.", 1e-2)["generator_loss"] < before["generator_loss"]
+    assert moved("terms.", 1e-2)["discriminator_loss"] < before["discriminator_loss"]
+
+
+@pytest.mark.parametrize("method", ["ladd", "dmd2"])
+def test_while_the_student_waits_only_the_other_network_gets_a_gradient(method):
+    model = objective(method=[method], discriminator_warmup_steps=3)
+    waiting = gradients(model, batch(step=2))
+    assert size(waiting, "transformer.") == 0
+    assert {n for n, _ in model.transformer.named_parameters()} == {
+        n.removeprefix("transformer.") for n in waiting if n.startswith("transformer.")
+    }  # zeros, which processes can reduce
+    assert size(waiting, "terms.") > 0
+    assert size(gradients(model, batch(step=3)), "transformer.") > 0
+
+
+def test_the_student_learns_in_every_nth_step():
+    settings = objective(discriminator_warmup_steps=2, discriminator_steps_per_generator=3).config
+    assert [settings.student_learns(step) for step in range(9)] == [False] * 4 + [True, False, False, True, False]
+    assert settings.waiting(0) == ("",)
+    assert settings.waiting(4) == ()
+
+
+def test_methods_add_up_by_their_weights():
+    data = batch()
+    alone = {m: gradients(objective(method=[m]), data) for m in ("trajectory", "ladd")}
+    both = gradients(objective(method=["trajectory", "ladd"], method_weights=[2.0, 0.5]), data)
+    for name, gradient in both.items():
+        if name.startswith("transformer."):
+            expected = 2 * alone["trajectory"][name] + 0.5 * alone["ladd"][name]
+            assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-7), name
+        else:  # the heads' own loss is not scaled
+            assert torch.allclose(gradient, alone["ladd"][name], rtol=1e-4, atol=1e-8), name
+
+
+def test_dmd2_trains_the_fake_score_on_the_students_samples_alone():
+    model = objective(method=["dmd2"])
+    data = batch()
+    grads = gradients(model, data)
+    step = model.student_step(data)
+    t, noise = step.renoising(2, uniform_fraction=1.0)
+    sample = step.sample.detach()
+    fake = model.terms["dmd2"].fake
+    model.zero_grad()
+    velocity = predict_velocity(fake, interpolate(sample, noise, t), t, *step.prompts)
+    (velocity - (noise - sample)).square().mean().backward()
+    for name, parameter in fake.named_parameters():
+        assert torch.allclose(grads[f"terms.dmd2.fake.{name}"], parameter.grad, rtol=1e-4, atol=1e-8), name
+
+
+def test_r1_costs_the_heads_and_leaves_the_student_alone():
+    data = batch()
+    plain, penalised = gradients(objective(), data), gradients(objective(r1_weight=10.0), data)
+    assert all(torch.equal(plain[n], penalised[n]) for n in plain if n.startswith("transformer."))
+    assert size(penalised, "terms.") != pytest.approx(size(plain, "terms."), rel=1e-3)
+
+
+def test_velocity_regression_adds_the_guided_teachers_velocity():
+    data = batch()
+    _, metrics = objective(velocity_weight=0.5)(data)
+    model = objective()
+    step = model.student_step(data)
+    expected = (step.velocity - model.teacher.velocity(step.x_t, step.t, step.prompts)).square().mean()
+    assert metrics["velocity_mse"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_samples_draws_do_not_depend_on_its_batch():
+    model, data = objective(), batch()
+    together = model.student_step(data)
+    for i in range(3):
+        alone = {k: v[i : i + 1] if k != "step" else v for k, v in data.items()}
+        step = model.student_step(alone)
+        assert torch.equal(step.x_t[0], together.x_t[i])
+        ours, theirs = (s.renoising(1, mean=1.0, std=1.0) for s in (step, together))
+        assert torch.equal(ours[0][0], theirs[0][i])
+        assert torch.equal(ours[1][0], theirs[1][i])
