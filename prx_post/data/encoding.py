@@ -203,23 +203,33 @@ def prepare(
         samples = [s for s in samples if s.row not in left_out]
     if shard.world > 1:
         cache = with_what_others_wrote(
-            lambda: EncodedCache.open(cache_dir, encoders.pipeline, encoders.text_dtype), samples, shard
+            lambda: EncodedCache.open(cache_dir, encoders.pipeline, encoders.text_dtype),
+            [s.image_key for s in samples],
+            [s.prompt_key for s in samples],
+            shard,
         )
     return samples, cache
 
 
 def with_what_others_wrote(
-    open_cache: Callable[[], EncodedCache], samples: Sequence[Sample], shard: Shard, patience_s: float = 10.0
+    open_cache: Callable[[], EncodedCache],
+    latents: Sequence[str],
+    embeddings: Sequence[str],
+    shard: Shard,
+    patience_s: float = 10.0,
 ) -> EncodedCache:
-    """Open the cache again. A network disk may show other machines' files late, so a miss is looked for again.
+    """Open the cache again, after every process has written, and find these keys in it.
+
+    A network disk may show other machines' files late, so a miss is looked for again.
 
     Raises:
         DataError: on every process, if one of them does not see what another encoded.
     """
+    shard.wait()
     deadline = time.monotonic() + patience_s
     while True:
         cache = open_cache()
-        missing = sum(s.image_key not in cache.latents or s.prompt_key not in cache.embeddings for s in samples)
+        missing = sum(k not in cache.latents for k in latents) + sum(k not in cache.embeddings for k in embeddings)
         if not missing or time.monotonic() > deadline:
             break
         time.sleep(1)

@@ -118,7 +118,8 @@ def teacher_latents(
     texts = list(dict.fromkeys(["", *extra_prompts, *(p.text for p in prompts)]))
     no_pictures: Any = None  # fill_cache reads rows of samples alone
     fill_cache(cache, [], no_pictures, texts, encoders, shard)
-    cache = with_what_others_wrote(open_cache, [], shard)
+    keys = [content_key(encoders.cleaner(text)) for text in texts]
+    cache = with_what_others_wrote(open_cache, [], keys, shard)
     batch = config.teacher_batch_size
     batches = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     missing = [part for part in batches if any(p.latent_key not in cache.latents for p in part)]
@@ -129,7 +130,7 @@ def teacher_latents(
     own = shard.of(missing)
     if own:
         _make(own, cache, sampler(), quiet=shard.rank > 0)
-    return samples, with_what_others_wrote(open_cache, samples, shard)
+    return samples, with_what_others_wrote(open_cache, [p.latent_key for p in prompts], keys, shard)
 
 
 def _make(batches: Sequence[Sequence[Prompt]], cache: EncodedCache, sampler: Sampler, quiet: bool) -> None:

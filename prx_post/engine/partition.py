@@ -21,6 +21,8 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn import Parameter
 
+from prx_post.engine.optim import group_of
+
 State = dict[str, Tensor]
 """One parameter's optimizer state: tensors of its shape, and scalars such as `step`."""
 
@@ -126,7 +128,8 @@ class Partition:
         parameter = self.parameters[name]
         if self._zero is None:
             return {k: torch.as_tensor(v) for k, v in self._state_of(parameter).items()}
-        scalars, keys = self._zero_keys()
+        self._link()
+        scalars, keys = self._zero_keys(self._flat_of(name))
         state = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
         return {**state, **scalars}
 
@@ -140,17 +143,19 @@ class Partition:
             self._optimizer.param_groups = [group for optimizer in parts for group in optimizer.param_groups]
             return
         tensors = {k for state in states.values() for k, v in state.items() if v.ndim}
-        some = next(iter(states.values()))
+        some = next(state for state in states.values() if state)
+        fresh = {k: torch.zeros_like(v) for k, v in some.items()}  # of a group that has not stepped yet
         for flat in self._zero_flats():
             # where torch's own first step would put them
             at = flat.device if self._optimizer.param_groups[0].get("fused") else torch.device("cpu")
-            scalars = {k: v.clone().to(at) for k, v in some.items() if k not in tensors}
+            of_group = next((s for name, s in states.items() if s and self._flat_of(name) is flat), None)
+            chosen = of_group or (some if self._has_subgroups else fresh)
+            scalars = {k: v.clone().to(at) for k, v in chosen.items() if k not in tensors}
             moments = {k: torch.zeros_like(flat) for k in sorted(tensors)}
             self._optimizer.state[flat] = _like_the_optimizers_own(self._optimizer, {**scalars, **moments})
-        if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
-            self._zero._lazy_init_hp_params_optimizer_state()
+        self._link()
         _replay_count(self._optimizer, int(some["step"]) if "step" in some else 0)
-        for name, state in states.items():
+        for name, state in ((name, state) for name, state in states.items() if state):
             parameter = self.parameters[name]
             for key in sorted(tensors):
                 value = state[key].to(parameter.device)
@@ -170,8 +175,27 @@ class Partition:
         zero: Any = self._zero
         return getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
 
-    def _zero_keys(self) -> tuple[State, list[str]]:
-        flat = self._zero_flats()[0]
+    @property
+    def _has_subgroups(self) -> bool:
+        """Whether flat tensors are parts of a parameter group (ZeRO-3), not one for each group."""
+        return len(self._zero_flats()) != len(self._optimizer.param_groups)
+
+    def _flat_of(self, name: str) -> Tensor:
+        """The flat tensor of a weight's parameter group."""
+        flats, groups = self._zero_flats(), self._optimizer.param_groups
+        if self._has_subgroups:
+            return flats[0]
+        prefixes = [group["prefix"] for group in groups]
+        return flats[prefixes.index(group_of(name, prefixes))]
+
+    def _link(self) -> None:
+        """Show DeepSpeed every group's moments; it looks for them once, after the first group's first step."""
+        zero: Any = self._zero
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _zero_keys(self, flat: Tensor) -> tuple[State, list[str]]:
         state = self._optimizer.state.get(flat, {})
         tensors = [k for k, v in state.items() if isinstance(v, Tensor) and v.shape == flat.shape]
         return {k: torch.as_tensor(v).clone() for k, v in state.items() if k not in tensors}, sorted(tensors)
