@@ -12,6 +12,7 @@ from prx_post.config import (
     doc,
     require,
     require_guidance,
+    require_not_negative,
     require_one_of,
     require_positive,
 )
@@ -102,10 +103,7 @@ class EvalConfig(DrawConfig):
         if self.num_prompts is not None:
             require_positive(self, "num_prompts")
         require_positive(self, "reward_batch_size", "long_prompt_words")
-        value = self.trajectory_prompts
-        require(
-            value >= 0, "trajectory_prompts", value, "0 or more", "it is a number of prompts", "Set it to 0 for none"
-        )
+        require_not_negative(self, "trajectory_prompts")
         require_one_of("reward_dtype", self.reward_dtype, tuple(DTYPES))
         parse_specs(self.rewards)
         self._check_metrics()
