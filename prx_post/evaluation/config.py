@@ -34,6 +34,11 @@ class CheckpointSpec:
     num_inference_steps: int
     guidance_scale: float
 
+    @property
+    def num_network_evaluations(self) -> int:
+        """How often the transformer runs for a picture: with guidance, twice a step."""
+        return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
+
     @classmethod
     def parse(cls, text: str, num_inference_steps: int, guidance_scale: float) -> "CheckpointSpec":
         """Without a name, a path's last part, or the one before it if that is `final`.
