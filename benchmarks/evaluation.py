@@ -1,11 +1,15 @@
 """Can the evaluation's intervals be trusted, and what does its drawing gain over a plain loop?
 
     python benchmarks/evaluation.py [--checkpoint runs/demo/sft/final] [--trials 100] [--rounds 3]
+    python benchmarks/evaluation.py --simulate [--data_sets 10000]
 
 A/A: the base against itself. Each trial gives every prompt two different noise seeds at random, one for either side,
 and asks whether the bootstrap's 95 % interval of the difference leaves out 0, which at best happens in 5 % of trials.
 A/B: the base against --checkpoint on the same seeds, a random one a prompt and trial. Speed: the evaluation's batches
 against PRXPipeline called once a picture, in turn, the same prompts, noise, steps and guidance.
+
+--simulate draws no pictures: data sets of random differences without an effect, every prompt with two seeds that share
+what makes it easier for one side, and asks the same of each.
 """
 
 import argparse
@@ -90,6 +94,33 @@ def intervals(folder: Path, checkpoint: str | None, seeds: int, trials: int) -> 
         print("| " + " | ".join(cells) + " |")
 
 
+def right_or_wrong(rng: np.random.Generator, prompts: int) -> np.ndarray:
+    """Differences [prompts, 2] of -1, 0 or 1: each side is right on a prompt with its own chance, drawn uniformly."""
+    chances = rng.random((2, prompts, 1))
+    first, second = rng.random((2, prompts, 2)) < chances
+    return second.astype(float) - first
+
+
+def heavy_tails(rng: np.random.Generator, prompts: int) -> np.ndarray:
+    """Differences [prompts, 2]: a prompt's part plus a picture's, both Student's t with 2.5 degrees of freedom."""
+    return rng.standard_t(2.5, (prompts, 1)) + rng.standard_t(2.5, (prompts, 2))
+
+
+def simulate(data_sets: int) -> None:
+    columns = {"−1, 0 or 1": right_or_wrong, "Student's t with 2.5 degrees of freedom": heavy_tails}
+    print("| prompts | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for prompts in (20, 60, 120):
+        clusters = np.repeat(np.arange(prompts), 2).tolist()
+        cells = [str(prompts)]
+        for draw_differences in columns.values():
+            found = 0
+            for seed in range(data_sets):
+                differences = draw_differences(np.random.default_rng((prompts, seed)), prompts).ravel()
+                found += paired_difference(np.zeros_like(differences), differences, clusters, seed=seed).is_significant
+            cells.append(f"{100 * found / data_sets:.1f} %")
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def speed(root: Path, rounds: int, pictures: int) -> None:
     from diffusers import DiffusionPipeline
 
@@ -131,7 +162,12 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pictures", type=int, default=60)
+    parser.add_argument("--simulate", action="store_true", help="only the table of simulated differences")
+    parser.add_argument("--data_sets", type=int, default=10_000, help="how many --simulate makes for each cell")
     options = parser.parse_args()
+    if options.simulate:
+        simulate(options.data_sets)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "intervals"
         folder.mkdir()

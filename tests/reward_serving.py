@@ -22,6 +22,7 @@ from prx_post.rewards.client import Patience
 from prx_post.rewards.server import RewardServeConfig, make_server
 
 QUICK = Patience(tries=4, timeout_s=20.0)
+TOKEN = "a-token-of-the-tests"
 
 
 def noise(seed: int, size: tuple[int, int] = (12, 9)) -> Image.Image:

@@ -12,6 +12,7 @@ from prx_post.config import (
     doc,
     require,
     require_guidance,
+    require_not_negative,
     require_one_of,
     require_positive,
 )
@@ -32,6 +33,11 @@ class CheckpointSpec:
     source: str
     num_inference_steps: int
     guidance_scale: float
+
+    @property
+    def num_network_evaluations(self) -> int:
+        """How often the transformer runs for a picture: with guidance, twice a step."""
+        return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
 
     @classmethod
     def parse(cls, text: str, num_inference_steps: int, guidance_scale: float) -> "CheckpointSpec":
@@ -102,10 +108,7 @@ class EvalConfig(DrawConfig):
         if self.num_prompts is not None:
             require_positive(self, "num_prompts")
         require_positive(self, "reward_batch_size", "long_prompt_words")
-        value = self.trajectory_prompts
-        require(
-            value >= 0, "trajectory_prompts", value, "0 or more", "it is a number of prompts", "Set it to 0 for none"
-        )
+        require_not_negative(self, "trajectory_prompts")
         require_one_of("reward_dtype", self.reward_dtype, tuple(DTYPES))
         parse_specs(self.rewards)
         self._check_metrics()

@@ -151,6 +151,7 @@ def _summary(
         spec = gallery.spec
         checkpoints[spec.name] = {
             **asdict(spec),
+            "num_network_evaluations": spec.num_network_evaluations,
             "height": gallery.size[0],
             "width": gallery.size[1],
             "timing": gallery.timing(),

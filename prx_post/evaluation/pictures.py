@@ -1,9 +1,9 @@
 """The pictures of an evaluation on disk: drawn once, reused by a later run of the same settings.
 
-images/<checkpoint>/drawn.json                   what they were drawn with
-images/<checkpoint>/timing.jsonl                 a line a process and run: pictures, seconds
-images/<checkpoint>/<set>/<index>-seed<s>.png    each with its settings in its metadata
-trajectories/<checkpoint>/<k>-<step>.png         the picture expected at each step
+images/<checkpoint>/drawn.json                                what they were drawn with
+images/<checkpoint>/timing.jsonl                              a line a process and run: pictures, seconds
+images/<checkpoint>/<set>/<index>-seed<s>.png                 each with its settings in its metadata
+trajectories/<checkpoint>/<set>/<index>-seed<s>/<step>.png    the picture expected at each step
 """
 
 import json

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from prx_post.data.files import write_bytes
+from prx_post.evaluation import charts
 from prx_post.evaluation.jobs import Job
 from prx_post.evaluation.pictures import Gallery
 from prx_post.evaluation.scoring import Scores
@@ -53,6 +54,7 @@ def write_report(
     names = [gallery.spec.name for gallery in galleries]
     rewards = list(scores[names[0]])
     tables = [(title, [part for part in parts if part.kind == kind]) for kind, title in KINDS.items()]
+    series, quality = charts.quality_charts(summary)
     page = (
         _environment()
         .get_template("report.html.j2")
@@ -63,6 +65,9 @@ def write_report(
             metrics=list(summary["checkpoints"][names[0]]["metrics"]),
             overall=parts[0],
             tables=[(title, part) for title, part in tables if part],
+            quality=quality,
+            labels=[one.label for one in series],
+            box=charts,
             histograms=[histogram(reward, scores) for reward in rewards],
             sections=[section for section in _sections(jobs, galleries, scores) if section["rows"]],
             strips=_strips(jobs[: summary["settings"]["trajectory_prompts"]], galleries),

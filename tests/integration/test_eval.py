@@ -83,6 +83,8 @@ def test_a_checkpoints_own_settings_are_its_alone(evaluated):
     out, results = evaluated
     steps = {name: result["num_inference_steps"] for name, result in results["checkpoints"].items()}
     assert steps == {"plain": 4, "same": 4, "rough": 2}
+    evaluations = {name: result["num_network_evaluations"] for name, result in results["checkpoints"].items()}
+    assert evaluations == {"plain": 8, "same": 8, "rough": 4}  # with guidance, twice a step
     (picture, *_) = sorted((out / "images" / "rough" / "numbers").iterdir())
     assert Image.open(picture).text["num_inference_steps"] == "2"
     assert results["differences"]["rough"]["judge_graded"]["value"] < 0

@@ -51,7 +51,8 @@ def test_the_headline_shows_the_results(report, tmp_path):
             assert float(value) == pytest.approx(estimate["value"], abs=5e-4)
             low, high = (float(end) for end in interval.strip("[]").split(", "))
             assert (low, high) == pytest.approx((estimate["low"], estimate["high"]), abs=5e-4)
-        assert row[4:6] == [str(result["num_inference_steps"]), "3.0"]
+        steps = result["num_inference_steps"]
+        assert row[4:7] == [str(steps), "3.0", str(2 * steps)]
 
 
 def test_every_picture_shows_and_every_part_is_there(report, tmp_path):
@@ -75,6 +76,57 @@ def test_every_picture_shows_and_every_part_is_there(report, tmp_path):
     assert seen["histogram"] == 4
     for heading in ("Headline", "Wins over plain", "By group", "Side by side", "Worst of rough", "Step by step"):
         assert heading in seen["headings"]
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_quality_stands_against_network_evaluations_and_no_label_is_cut_or_covered(report, tmp_path, width):
+    page, results = report
+    seen = browser.ask(
+        page,
+        """const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
+        const charts = [...page.querySelectorAll('#evaluations svg')];
+        return {
+          legend: [...page.querySelectorAll('#evaluations .legend span')].map(s => s.innerText),
+          titles: charts.map(c => c.parentNode.querySelector('b').innerText),
+          points: charts.map(c => [...c.querySelectorAll('title')].map(t => t.textContent)),
+          intervals: charts.map(c => c.querySelectorAll('.interval').length),
+          lines: charts.map(c => c.querySelector('polyline').points.length),
+          frames: charts.map(box),
+          labels: charts.map(c => [...c.querySelectorAll('text')].map(t => [t.textContent, ...box(t)])),
+        };""",
+        *(width, 900, tmp_path),
+    )
+    assert seen["titles"] == ["ocr_exact", "ocr_graded", "diversity"]
+    assert seen["legend"] == ["plain"]  # the same weights and guidance, in 8 and in 4 evaluations
+    assert seen["lines"] == [2, 2, 2]
+    assert seen["intervals"] == [2, 2, 2]
+    exact = {name: result["rewards"]["ocr_exact"]["value"] for name, result in results["checkpoints"].items()}
+    for shown, start in zip(seen["points"][0], ("rough, NFE 4: ", "plain, NFE 8: "), strict=True):
+        assert shown.startswith(f"{start}{exact[start.split(',')[0]]:.3f} [")
+    for (left, top, right, bottom), labels in zip(seen["frames"], seen["labels"], strict=True):
+        assert [text for text, *_ in labels if text in ("4", "8")] == ["4", "8"]
+        for i, (_, x0, y0, x1, y1) in enumerate(labels):
+            assert left <= x0 < x1 <= right
+            assert top - 1 <= y0 < y1 <= bottom + 1
+            assert all(x1 <= a or c <= x0 or y1 <= b or d <= y0 for _, a, b, c, d in labels[:i])
+
+
+def test_checkpoints_of_equal_network_evaluations_get_no_such_charts(tmp_path):
+    write_prompts([{"prompt": "12"}, {"prompt": "31"}], tmp_path / "p.jsonl")
+    config = evaluate.EvalConfig(
+        checkpoints=["one=tiny?guidance_scale=2", "two=tiny?num_inference_steps=2"],
+        prompts_file=[str(tmp_path / "p.jsonl")],
+        rewards=["ocr_exact"],
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        height=32,
+        width=64,
+        trajectory_prompts=0,
+        output_dir=str(tmp_path / "out"),
+    )
+    results = evaluate.evaluate(config)
+    assert [result["num_network_evaluations"] for result in results["checkpoints"].values()] == [2, 2]
+    assert 'id="evaluations"' not in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_what_a_prompt_says_is_shown_and_not_run(report, tmp_path):
