@@ -95,7 +95,8 @@ def require_fraction(config: object, *names: str) -> None:
 def check_types(config: Any) -> None:
     """Check every field's value against its annotation (YAML values reach a dataclass unchecked).
 
-    Integers are accepted, and converted, where a float is expected, also in a list. Raises ConfigError naming the first wrong field.
+    Integers are accepted, and converted, where a float is expected, also in a list.
+    Raises ConfigError naming the first wrong field.
     """
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):

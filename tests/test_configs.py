@@ -6,12 +6,17 @@ import pytest
 import yaml
 
 from prx_post.config import DataConfig, ModelConfig
+from prx_post.distillation.config import DistillConfig, TeacherConfig
 from prx_post.evaluation.evaluate import EvalConfig
 from prx_post.parsing import parse
 from prx_post.stages.sft import SFTConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.yaml"))
-KINDS = {"sft": [ModelConfig, DataConfig, SFTConfig], "eval": [EvalConfig]}
+KINDS = {
+    "sft": [ModelConfig, DataConfig, SFTConfig],
+    "distill": [ModelConfig, TeacherConfig, DistillConfig],
+    "eval": [EvalConfig],
+}
 
 
 def test_there_are_configs():
@@ -19,6 +24,12 @@ def test_there_are_configs():
         "tiny/sft.yaml",
         "tiny/sft-lora.yaml",
         "tiny/eval.yaml",
+        "tiny/distill.yaml",
+        "tiny/distill-4.yaml",
+        "tiny/distill-ladd.yaml",
+        "prx-512/distill.yaml",
+        "prx-512/distill-dc-ae.yaml",
+        "prx-1024/distill.yaml",
         "prx-512/eval.yaml",
         "prx-512/sft-alchemist.yaml",
         "prx-512/sft-alchemist-lora.yaml",

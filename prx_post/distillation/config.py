@@ -18,6 +18,7 @@ from prx_post.config import (
     require_one_of,
     require_positive,
 )
+from prx_post.model.scheduler import SAMPLERS
 
 METHODS = ("trajectory", "ladd", "dmd2")
 NETWORK_OF = {"ladd": "terms.ladd.", "dmd2": "terms.dmd2."}
@@ -165,7 +166,7 @@ class DistillConfig(TrainConfig):
             reason = "the scheduler divides by zero when it stretches a single level"
             action = "Set it to null: one step has no level to end at"
             require(steps > 1, "shift_terminal", self.shift_terminal, "null for one step", reason, action)
-        require_one_of("sampler", self.sampler, ("euler", "renoise"))
+        require_one_of("sampler", self.sampler, SAMPLERS)
         require_not_negative(self, "timestep_warmup_steps")
         for name in ("timestep_weights", "warmup_timestep_weights"):
             weights = getattr(self, name)

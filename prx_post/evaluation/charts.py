@@ -71,13 +71,14 @@ class Chart:
 
 
 def series_of(checkpoints: Mapping[str, Mapping[str, Any]]) -> list[Series]:
-    """Checkpoints of one source and guidance_scale, named by what their names begin with in common.
+    """Checkpoints of one source, guidance_scale and way of sampling, named by what their names begin with in common.
 
     Labels that coincide get the guidance_scale behind them, or give way to a checkpoint's whole name.
     """
-    groups: dict[tuple[str, float], list[str]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for name, result in checkpoints.items():
-        groups.setdefault((result["source"], result["guidance_scale"]), []).append(name)
+        key = (result["source"], result["guidance_scale"], result.get("shift_terminal"), result.get("sampler"))
+        groups.setdefault(key, []).append(name)
     labels = [_common_start(names) for names in groups.values()]
     guided = [f"{label}, guidance {key[1]:g}" for label, key in zip(labels, groups, strict=True)]
     found = []

@@ -1,7 +1,7 @@
 """Settings of `prx-post eval`: checkpoints × prompt sets × scorers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,15 @@ from prx_post.config import (
 from prx_post.evaluation.features import NEEDS_REFERENCE, MetricSpec
 from prx_post.generate import DrawConfig
 from prx_post.model.checkpoint import DTYPES
+from prx_post.model.scheduler import SAMPLERS
 from prx_post.rewards.base import parse_specs
 
-SETTINGS = {"num_inference_steps": int, "guidance_scale": float}
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "num_inference_steps": int,
+    "guidance_scale": float,
+    "shift_terminal": float,
+    "sampler": str,
+}
 """What may differ from checkpoint to checkpoint, and its type."""
 
 
@@ -33,6 +39,16 @@ class CheckpointSpec:
     source: str
     num_inference_steps: int
     guidance_scale: float
+    shift_terminal: float | None = None
+    """Last noise level before 0, in place of the scheduler's own; 0: as its shift alone puts it."""
+    sampler: str | None = None
+    """One of SAMPLERS, in place of the scheduler's own."""
+
+    @property
+    def scheduler_changes(self) -> dict[str, Any]:
+        """What differs from the checkpoint's own scheduler."""
+        changes = {"shift_terminal": self.shift_terminal, "sampler": self.sampler}
+        return {name: value for name, value in changes.items() if value is not None}
 
     @property
     def num_network_evaluations(self) -> int:
@@ -58,6 +74,11 @@ class CheckpointSpec:
             spec = replace(spec, **changed)
         require_guidance(spec.guidance_scale)
         require_positive(spec, "num_inference_steps")
+        if spec.sampler is not None:
+            require_one_of(f"sampler of checkpoint {name}", spec.sampler, SAMPLERS)
+        if spec.shift_terminal is not None:
+            value, action = spec.shift_terminal, "Set it to 0.3, or to 0 for the scheduler's plain shift"
+            require(0 <= value < 1, "shift_terminal", value, "from 0 to below 1", "it is a noise level", action)
         return spec
 
 
@@ -72,7 +93,8 @@ class EvalConfig(DrawConfig):
 
     checkpoints: list[str] = doc(
         "`name=folder or Hub id`, one or more; the first is the baseline. Settings of one alone follow a question "
-        "mark: `student=runs/student/final?num_inference_steps=8&guidance_scale=1`.",
+        "mark: `student=runs/student/final?num_inference_steps=8&guidance_scale=1`; also `shift_terminal` and `sampler` "
+        "(`euler`, `renoise`) in place of its scheduler's.",
         [],
     )
     prompts_file: list[str] = doc(

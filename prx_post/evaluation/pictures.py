@@ -29,6 +29,7 @@ from prx_post.flow import inference_sigmas, x0_from_velocity
 from prx_post.generate import Sampler, build_sampler, default_device, generate_images, png_info
 from prx_post.model.checkpoint import DTYPES, PipelineFolder, load
 from prx_post.model.codec import to_images
+from prx_post.model.scheduler import rescheduled
 from prx_post.model.text import PromptCleaner
 
 
@@ -81,6 +82,7 @@ class Gallery:
             "weights": fingerprint(self.output_dir, *weights),
             "num_inference_steps": self.spec.num_inference_steps,
             "guidance_scale": self.spec.guidance_scale,
+            **self.spec.scheduler_changes,
             "height": self.size[0],
             "width": self.size[1],
             "dtype": config.dtype,
@@ -88,12 +90,12 @@ class Gallery:
             "skip_text_cleaning": config.skip_text_cleaning,
         }
         drawn = json.loads(path.read_text(encoding="utf-8")) if path.exists() else wanted
-        differing = [key for key in wanted if drawn.get(key) != wanted[key]]
+        differing = [key for key in wanted | drawn if drawn.get(key) != wanted.get(key)]
         if differing:
             key = differing[0]
             raise PrxPostError(
                 f"output_dir is {str(self.output_dir)!r}, whose pictures of {self.spec.name} were drawn with {key} "
-                f"{drawn.get(key)!r}, but now {key} is {wanted[key]!r}. Choose another output_dir, or another name for "
+                f"{drawn.get(key)!r}, but now {key} is {wanted.get(key)!r}. Choose another output_dir, or another name for "
                 f"the checkpoint."
             )
         write_bytes(path, (json.dumps(wanted, indent=2) + "\n").encode())
@@ -128,6 +130,7 @@ def draw(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, shard: Shard
     encoders = Encoders(gallery.pipeline, PromptCleaner(config.skip_text_cleaning), device, dtype)
     checkpoint = load(gallery.pipeline, dtype)
     spec = gallery.spec
+    checkpoint.scheduler = rescheduled(checkpoint.scheduler, **spec.scheduler_changes)
     sampler = build_sampler(checkpoint, gallery.size, spec.num_inference_steps, spec.guidance_scale, device)
     encoders.prompts, encoders.codec  # load both before the clock starts  # noqa: B018
     embed = _Memo(encoders)

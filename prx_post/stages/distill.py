@@ -30,6 +30,7 @@ from prx_post.model import lora
 from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import PipelineFolder, load, open_pipeline
 from prx_post.model.heads import DiscriminatorHeads, check_blocks
+from prx_post.model.scheduler import rescheduled
 from prx_post.model.text import PromptCleaner, pad_embeddings
 from prx_post.parsing import parse
 from prx_post.stages.common import GridDrawer, check_base, emit_trained, prepare_network, record_samples
@@ -77,11 +78,8 @@ def student_scheduler(teacher: PipelineFolder, config: DistillConfig) -> tuple[A
     Raises:
         ConfigError: it cannot give that many.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     base = teacher.load_scheduler()
-    changes = {"shift_terminal": config.shift_terminal, "stochastic_sampling": config.sampler == "renoise"}
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(base.config, **changes)
+    scheduler = rescheduled(base, shift_terminal=config.shift_terminal, sampler=config.sampler)
     try:
         return scheduler, inference_sigmas(scheduler, config.num_inference_steps)
     except ValueError as error:

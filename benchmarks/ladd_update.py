@@ -1,0 +1,253 @@
+"""LADD's combined update against the alternating schedule: cost of a step, and quality at equal wall time.
+
+    python benchmarks/ladd_update.py cost [--model tiny] [--batch 32] [--rounds 7] [--steps 6]
+    python benchmarks/ladd_update.py quality --teacher FOLDER --student FOLDER --prompts FILE --eval_prompts FILE
+        --cache_dir FOLDER [--seconds 240] [--seeds 0 1]
+
+The combined update has the student's and the discriminator's losses in one forward and one backward pass. The
+alternating one, as usually written, draws the student's samples once for the discriminator's step, without gradient,
+and again for the student's, each with a backward pass and an optimizer of its own. Both see the same batches.
+
+cost: the two, and a step of SFT, run in turn in one process, round after round; ratios are taken within a round.
+quality: both train from one student for the same seconds on the same machine, one after the other; the averaged
+students are then compared on held-out prompts.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prx_post.data.cache import content_key
+from prx_post.data.encoding import Encoders
+from prx_post.data.source import Batch, BatchSource, MixedPlan
+from prx_post.distillation.config import DistillConfig, TeacherConfig
+from prx_post.distillation.monitor import StudentMonitor, open_eval_rewards, read_eval_prompts
+from prx_post.distillation.objective import DistillationObjective, Teacher
+from prx_post.distillation.teacher import read_training_prompts, teacher_latents
+from prx_post.engine.ema import EMA
+from prx_post.generate import Sampler
+from prx_post.model.checkpoint import load, open_pipeline
+from prx_post.model.heads import DiscriminatorHeads, check_blocks
+from prx_post.model.text import PromptCleaner
+from prx_post.objectives import ladd
+from prx_post.stages.distill import student_scheduler
+from prx_post.stages.sft import FlowMatchingObjective, SFTConfig
+
+CPU = torch.device("cpu")
+Step = Callable[[Batch], None]
+
+
+def build_objective(student: str, teacher: str, null: torch.Tensor, config: DistillConfig) -> DistillationObjective:
+    folder = open_pipeline(teacher)
+    shape = folder.configs["transformer"]
+    torch.manual_seed(config.seed)
+    blocks = check_blocks(config.head_blocks, shape["depth"])
+    heads = DiscriminatorHeads(blocks, shape["hidden_size"], shape["context_in_dim"], config.head_width)
+    frozen = Teacher(load(teacher).transformer, null, guidance_scale=4.0, patch_size=shape["patch_size"])
+    _, sigmas = student_scheduler(folder, config)
+    return DistillationObjective(load(student).transformer.train(), frozen, sigmas, {"ladd": heads}, config)
+
+
+def adamw(module: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
+
+
+def combined(model: DistillationObjective) -> Step:
+    """One optimizer of two groups."""
+    config = model.config
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": model.transformer.parameters(), "lr": config.learning_rate},
+            {"params": model.terms.parameters(), "lr": config.discriminator_learning_rate},
+        ],
+        betas=(0.0, 0.99),
+        weight_decay=0.0,
+        fused=True,
+    )
+
+    def step(batch: Batch) -> None:
+        model(batch)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def alternating(model: DistillationObjective) -> Step:
+    """The discriminator's step, then the student's."""
+    config, term = model.config, model.terms["ladd"]
+    of_student, of_heads = adamw(model.transformer, config.learning_rate), adamw(term, 0.0)
+    for group in of_heads.param_groups:
+        group["lr"] = config.discriminator_learning_rate
+    heads = term.heads
+
+    def fake_logits(step: Any, sample: torch.Tensor) -> torch.Tensor:
+        t, noise = step.renoising(1, mean=config.renoise_mean, std=config.renoise_std)
+        x_t = (1 - t.view(-1, 1, 1, 1)) * sample + t.view(-1, 1, 1, 1) * noise
+        tokens = model.teacher.tokens(heads.blocks, x_t, t, step.prompts)
+        return heads(tokens, t, *step.prompts, model.teacher.grid(sample))
+
+    def step(batch: Batch) -> None:
+        with torch.no_grad():
+            drawn = model.student_step(batch)
+        _, loss, _ = term(_waiting(drawn))
+        loss.backward()
+        of_heads.step()
+        of_heads.zero_grad()
+        drawn = model.student_step(batch)
+        heads.requires_grad_(False)
+        ladd.generator_loss(fake_logits(drawn, drawn.sample)).backward()
+        heads.requires_grad_(True)
+        of_student.step()
+        of_student.zero_grad()
+
+    return step
+
+
+def _waiting(step: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(step, learns=False)
+
+
+def sft_step(model: str) -> Step:
+    objective = FlowMatchingObjective(load(model).transformer.train(), SFTConfig(output_dir="unused"))
+    optimizer = adamw(objective, 1e-6)
+
+    def step(batch: Batch) -> None:
+        objective(batch)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def cost(options: argparse.Namespace) -> None:
+    folder = open_pipeline(options.model)
+    config = DistillConfig(output_dir="unused", method=["ladd"], learning_rate=1e-6, discriminator_learning_rate=1e-6)
+    null = torch.randn(2, folder.configs["transformer"]["context_in_dim"])
+    steps = {
+        "sft": sft_step(options.model),
+        "combined": combined(build_objective(options.model, options.model, null, config)),
+        "alternating": alternating(build_objective(options.model, options.model, null, config)),
+    }
+    shape = folder.latent_shape(
+        *folder.resolve_size(32, 64) if options.model == "tiny" else folder.resolve_size(None, None)
+    )
+    batch = {
+        "latents": torch.randn(options.batch, *shape),
+        "prompt_embeds": torch.randn(options.batch, 16, null.shape[1]),
+        "prompt_mask": torch.ones(options.batch, 16, dtype=torch.bool),
+        "seeds": list(range(options.batch)),
+        "rows": list(range(options.batch)),
+        "step": 0,
+    }
+    for step in steps.values():
+        step(batch)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            for _ in range(options.steps):
+                step(batch)
+            times[name].append((time.perf_counter() - began) / options.steps)
+        print({name: round(1000 * values[-1]) for name, values in times.items()}, "ms", flush=True)
+
+    def ratio(a: str, b: str) -> str:
+        return f"{statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)):.2f}"
+
+    print(f"combined / alternating: {ratio('combined', 'alternating')}")
+    print(f"in SFT steps: combined {ratio('combined', 'sft')}, alternating {ratio('alternating', 'sft')}")
+    print(
+        f"batch {options.batch}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.rounds} rounds"
+    )
+
+
+def quality(options: argparse.Namespace) -> None:
+    print("| schedule | seed | updates | ocr_exact | judge_exact | FID to the teacher | \n|---|---|---|---|---|---|")
+    for seed in options.seeds:
+        for name, schedule in (("combined", combined), ("alternating", alternating)):
+            updates, found = train_for(options, schedule, seed)
+            cells = [f"{found[f'eval/{metric}/8_steps']:.3f}" for metric in ("ocr_exact", "judge_exact", "fid")]
+            print(f"| {name} | {seed} | {updates} | {' | '.join(cells)} |", flush=True)
+
+
+def train_for(options: argparse.Namespace, schedule: Callable[..., Step], seed: int) -> tuple[int, dict[str, float]]:
+    """Updates that fit in `seconds`, and the evaluation of the averaged student after them."""
+    teacher = TeacherConfig(
+        *(options.teacher, None, 28, 4.0, 60, options.prompts), height=32, width=64, cache_dir=options.cache_dir
+    )
+    config = DistillConfig(
+        output_dir="unused",
+        method=["ladd"],
+        max_steps=100_000,
+        per_device_train_batch_size=32,
+        learning_rate=options.learning_rate,
+        discriminator_learning_rate=options.discriminator_learning_rate,
+        seed=seed,
+        eval_steps=1,
+        eval_prompts_file=options.eval_prompts,
+        eval_num_prompts=180,
+        eval_rewards=["ocr_exact", "judge_exact"],
+        eval_encoder="judge",
+        eval_num_inference_steps=[8],
+    )
+    folder = open_pipeline(options.teacher)
+    encoders = Encoders(folder, PromptCleaner(), CPU, torch.float32)
+    prompts, held_out = read_training_prompts(teacher, encoders.cleaner), read_eval_prompts(config)
+    shape = folder.latent_shape(32, 64)
+    frozen = load(options.teacher)
+    sampler = Sampler(frozen.transformer.eval(), frozen.scheduler, 28, 4.0, shape, CPU, folder.max_prompt_tokens)
+    from prx_post.data.shard import Shard
+
+    samples, cache = teacher_latents(teacher, prompts, encoders, (32, 64), lambda: sampler, Shard(), held_out)
+    model = build_objective(options.student, options.teacher, cache.embeddings[content_key("")], config)
+    plan = MixedPlan(len(samples), 0, 0.0, 32, seed, config.max_steps)
+    source = BatchSource(samples, None, cache, encoders, plan, micro_batch_size=32, num_steps=config.max_steps)
+    ema = EMA(model.transformer.parameters(), 0.99)
+    step, batches, updates = schedule(model), iter(source), 0
+    ends = time.monotonic() + options.seconds
+    while time.monotonic() < ends:
+        step(next(batches))
+        updates += 1
+        ema.update(updates)
+    scheduler, _ = student_scheduler(folder, config)
+    student = Sampler(model.transformer.eval(), scheduler, 8, 1.0, shape, CPU, folder.max_prompt_tokens)
+    rewards = open_eval_rewards(config, held_out)
+    output = Path(options.cache_dir) / "benchmark"
+    output.mkdir(parents=True, exist_ok=True)
+    monitor = StudentMonitor(config, student, sampler, held_out, rewards, encoders, cache, output)
+    with ema.swapped_in():
+        return updates, monitor.evaluate(0)
+
+
+def arguments() -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "--model", {"default": "tiny"}
+    yield "--batch", {"type": int, "default": 32}
+    yield "--rounds", {"type": int, "default": 7}
+    yield "--steps", {"type": int, "default": 6}
+    for name in ("teacher", "student", "prompts", "eval_prompts", "cache_dir"):
+        yield f"--{name}", {}
+    yield "--seconds", {"type": float, "default": 240.0}
+    yield "--seeds", {"type": int, "nargs": "+", "default": [0, 1]}
+    yield "--learning_rate", {"type": float, "default": 1e-5}
+    yield "--discriminator_learning_rate", {"type": float, "default": 3e-4}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("cost", "quality"))
+    for name, settings in arguments():
+        parser.add_argument(name, **settings)
+    options = parser.parse_args()
+    {"cost": cost, "quality": quality}[options.part](options)
+
+
+if __name__ == "__main__":
+    main()
