@@ -76,9 +76,10 @@ class CheckpointSpec:
         require_positive(spec, "num_inference_steps")
         if spec.sampler is not None:
             require_one_of(f"sampler of checkpoint {name}", spec.sampler, SAMPLERS)
-        if spec.shift_terminal is not None:
-            value, action = spec.shift_terminal, "Set it to 0.3, or to 0 for the scheduler's plain shift"
-            require(0 <= value < 1, "shift_terminal", value, "from 0 to below 1", "it is a noise level", action)
+        last = spec.shift_terminal
+        if last is not None:
+            action = "Set it to 0.3, or to 0 for the scheduler's plain shift"
+            require(0 <= last < 1, "shift_terminal", last, "from 0 to below 1", "it is a noise level", action)
         return spec
 
 
@@ -93,8 +94,8 @@ class EvalConfig(DrawConfig):
 
     checkpoints: list[str] = doc(
         "`name=folder or Hub id`, one or more; the first is the baseline. Settings of one alone follow a question "
-        "mark: `student=runs/student/final?num_inference_steps=8&guidance_scale=1`; also `shift_terminal` and `sampler` "
-        "(`euler`, `renoise`) in place of its scheduler's.",
+        "mark: `student=runs/student/final?num_inference_steps=8&guidance_scale=1`; `shift_terminal` and `sampler` "
+        "(`euler`, `renoise`), too, in place of its scheduler's.",
         [],
     )
     prompts_file: list[str] = doc(

@@ -95,8 +95,8 @@ class Gallery:
             key = differing[0]
             raise PrxPostError(
                 f"output_dir is {str(self.output_dir)!r}, whose pictures of {self.spec.name} were drawn with {key} "
-                f"{drawn.get(key)!r}, but now {key} is {wanted.get(key)!r}. Choose another output_dir, or another name for "
-                f"the checkpoint."
+                f"{drawn.get(key)!r}, but now {key} is {wanted.get(key)!r}. Choose another output_dir, or "
+                f"another name for the checkpoint."
             )
         write_bytes(path, (json.dumps(wanted, indent=2) + "\n").encode())
 
