@@ -4,7 +4,7 @@ THREADS ?= $(shell nproc)
 export OMP_NUM_THREADS := $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo distill test check benchmark clean
 
 # torch first, so that nothing else chooses a build of it. On Linux pip's default build brings CUDA; to take another,
 # say where its wheels are: make demo TORCH_ARGS='--index-url <index of CPU wheels>'
@@ -29,6 +29,13 @@ demo: .venv/installed
 	.venv/bin/prx-post sft --config configs/tiny/sft.yaml
 	.venv/bin/prx-post eval --config configs/tiny/eval.yaml
 	@echo "open runs/demo/eval/report.html"
+
+# After the demo: its SFT checkpoint to 8 and 4 steps without guidance, and quality against network evaluations.
+distill: .venv/installed
+	.venv/bin/prx-post distill --config configs/tiny/distill.yaml
+	.venv/bin/prx-post distill --config configs/tiny/distill-4.yaml
+	.venv/bin/prx-post eval --config configs/tiny/eval-distill.yaml
+	@echo "open runs/demo/eval-distill/report.html"
 
 test: .venv-test/installed
 	.venv-test/bin/ruff check .
