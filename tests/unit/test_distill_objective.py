@@ -267,3 +267,18 @@ def test_a_samples_draws_do_not_depend_on_its_batch():
         ours, theirs = (s.renoising(1, mean=1.0, std=1.0) for s in (step, together))
         assert torch.equal(ours[0][0], theirs[0][i])
         assert torch.equal(ours[1][0], theirs[1][i])
+
+
+def test_mismatched_prompts_count_as_fakes_and_leave_the_student_alone():
+    data = batch()
+    plain, more = gradients(objective(), data), gradients(objective(mismatch_weight=1.0), data)
+    assert all(torch.equal(plain[n], more[n]) for n in plain if n.startswith("transformer."))
+    model = objective(mismatch_weight=1.0)
+    step = model.student_step(data)
+    t, noise = step.renoising(1, mean=1.0, std=1.0)
+    wrong = tuple(torch.stack([part[2], part[0], part[1]]) for part in step.prompts)
+    heads = model.terms["ladd"].heads
+    with torch.no_grad():
+        tokens = model.teacher.tokens([1, 4], interpolate(data["latents"], noise, t), t, wrong)
+        expected = (1 + heads(tokens, t, *wrong, (4, 8))).clamp_min(0).mean()
+    assert model(data)[1]["mismatch_loss"].item() == pytest.approx(expected.item(), rel=1e-5)

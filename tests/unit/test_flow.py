@@ -62,3 +62,22 @@ def test_noise_of_a_seed_does_not_depend_on_its_neighbours():
     assert torch.equal(alone[0], among[1])
     assert not torch.equal(among[0], among[1])
     assert math.isclose(flow.seeded_noise(range(200), (4, 8, 8)).std().item(), 1.0, abs_tol=0.02)
+
+
+def test_a_scheduler_whose_levels_do_not_fall_is_an_error():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True)
+    with pytest.raises(ValueError, match="the noise levels of 4 steps do not fall"):
+        flow.inference_sigmas(scheduler, 4)
+
+
+def test_one_step_goes_from_noise_to_data_also_where_stretching_divides_by_zero():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.3)
+    assert flow.inference_sigmas(scheduler, 1).tolist() == [1.0, 0.0]
+
+
+def test_the_stretched_grid_ends_at_shift_terminal_and_keeps_its_proportions():
+    plain = flow.inference_sigmas(FlowMatchEulerDiscreteScheduler(shift=3.0), 8)
+    stretched = flow.inference_sigmas(FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.3), 8)
+    assert stretched[-2].item() == pytest.approx(0.3)
+    # 1 - sigma is scaled by (1 - 0.3) / (1 - 0.008929)
+    assert (1 - stretched[:-1]).tolist() == pytest.approx(((1 - plain[:-1]) * 0.7 / 0.991071).tolist(), abs=1e-5)

@@ -1,5 +1,6 @@
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -78,3 +79,21 @@ def test_frozen_parameters_are_left_out():
     network.blocks.requires_grad_(False)
     optimizer = build_optimizer(list(network.named_parameters()), config())
     assert sum(len(g["params"]) for g in optimizer.param_groups) == 2
+
+
+class TwoRates(SFTConfig):
+    def learning_rates(self):
+        return {"final_layer.": 0.5, **super().learning_rates()}
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_each_weight_gets_the_learning_rate_of_its_group(optim):
+    network = Network()
+    optimizer = build_optimizer(list(network.named_parameters()), TwoRates("unused", learning_rate=0.01, optim=optim))
+    rates = {id(p): (g["lr"], g["prefix"]) for g in optimizer.param_groups for p in g["params"]}
+    assert {rates[id(p)] for p in network.final_layer.parameters()} == {(0.5, "final_layer.")}
+    assert {rates[id(p)] for p in network.blocks.parameters()} == {(0.01, "")}
+    before = network.final_layer.bias.detach().clone()
+    step(network, optimizer)
+    # AdamW's first step moves a weight by its learning rate
+    assert (network.final_layer.bias - before).abs().max().item() == pytest.approx(0.5, rel=1e-3)

@@ -41,3 +41,22 @@ def test_halving_the_step_halves_the_error_on_a_curved_path():
         return abs(result.item() - 0.36787944)
 
     assert error(100) / error(200) == pytest.approx(2.0, rel=0.02)
+
+
+def test_renoising_goes_to_x0_and_back_up_with_fresh_noise_by_hand():
+    # from 8 at 1: velocity 2 gives x0 = 8 - 1·2 = 6; back to 0.5 with noise -4: 0.5·6 + 0.5·(-4) = 1
+    # from 1 at 0.5: x0 = 1 - 0.5·2 = 0, and that is the end
+    seen = []
+
+    def velocity(x, t):
+        seen.append((x.item(), t.item()))
+        return torch.full_like(x, 2.0)
+
+    def fresh(step):
+        assert step == 1
+        return torch.full((1, 1, 1, 1), -4.0)
+
+    noise = torch.full((1, 1, 1, 1), 8.0)
+    result = sampling.renoise_sample(velocity, noise, torch.tensor([1.0, 0.5, 0.0]), fresh)
+    assert seen == [(8.0, 1.0), (1.0, 0.5)]
+    assert result.item() == 0.0

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from prx_post.data.source import BatchSource, DrawPlan
+from prx_post.data.source import BatchSource, DrawPlan, MixedPlan
 
 
 def test_every_sample_is_drawn_once_an_epoch_though_batches_do_not_divide_it():
@@ -83,12 +83,13 @@ def test_state_says_which_steps_are_all_out_and_a_new_source_goes_on_there(monke
         samples = [Sample(i, str(i), "a", "", "") for i in range(7)]
         made = BatchSource(samples, _Rows(), None, _Encoders(), plan, micro_batch_size=2, num_steps=5)
         made.load_state_dict({"step": start})
-        made._collate = lambda items: [item["sample"].row for item in items]
+        made._collate = lambda items: {"rows": [item["sample"].row for item in items]}
         return made
 
     first = source()
     batches = iter(first)
     seen = [next(batches) for _ in range(3)]  # a step is two micro-batches
+    assert [batch["step"] for batch in seen] == [0, 0, 1]
     assert first.state_dict() == {"step": 1}
     seen.append(next(batches))
     assert first.state_dict() == {"step": 2}
@@ -98,3 +99,22 @@ def test_state_says_which_steps_are_all_out_and_a_new_source_goes_on_there(monke
 
 def test_a_source_restarted_at_a_step_continues_where_the_first_would():
     assert micro_batches(0, 1, 8, start=4) == micro_batches(0, 1, 8)[4:]
+
+
+@pytest.mark.parametrize(("fraction", "of_second"), [(0.0, 0), (0.25, 2), (0.3, 2), (1.0, 8)])
+def test_two_sets_are_mixed_in_the_same_proportion_in_every_batch(fraction, of_second):
+    plan = MixedPlan(10, 6, fraction, global_batch_size=8, seed=0, num_steps=6)
+    for step in range(6):
+        indices = [draw.index for draw in plan.draws(step)]
+        assert len(indices) == 8
+        assert sum(index >= 10 for index in indices) == of_second
+        assert all(index < 16 for index in indices)
+
+
+def test_a_mixed_plan_is_shuffled_by_step_and_the_same_in_another_run():
+    plan, again = (MixedPlan(10, 6, 0.5, global_batch_size=8, seed=0, num_steps=6) for _ in range(2))
+    places = [tuple(draw.index >= 10 for draw in plan.draws(step)) for step in range(6)]
+    assert len(set(places)) > 1
+    assert [plan.draws(step) for step in range(6)] == [again.draws(step) for step in range(6)]
+    seeds = [draw.seed for step in range(6) for draw in plan.draws(step)]
+    assert len(set(seeds)) == len(seeds)

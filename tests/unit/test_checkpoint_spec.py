@@ -1,0 +1,42 @@
+import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from prx_post.config import ConfigError
+from prx_post.evaluation.config import CheckpointSpec
+from prx_post.flow import inference_sigmas
+from prx_post.model.scheduler import rescheduled
+
+
+def test_a_checkpoint_may_sample_in_another_way_than_its_scheduler_says():
+    spec = CheckpointSpec.parse("s=run/final?num_inference_steps=8&shift_terminal=0.3&sampler=renoise", 28, 5.0)
+    assert spec.scheduler_changes == {"shift_terminal": 0.3, "sampler": "renoise"}
+    scheduler = rescheduled(FlowMatchEulerDiscreteScheduler(shift=3.0), **spec.scheduler_changes)
+    assert scheduler.config.stochastic_sampling
+    assert inference_sigmas(scheduler, 8)[-2].item() == pytest.approx(0.3)
+
+
+def test_zero_takes_a_schedulers_own_stretching_away():
+    spec = CheckpointSpec.parse("s=run?shift_terminal=0&sampler=euler", 8, 1.0)
+    student = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.3, stochastic_sampling=True)
+    plain = rescheduled(student, **spec.scheduler_changes)
+    assert inference_sigmas(plain, 8)[-2] < 0.01
+    assert not plain.config.stochastic_sampling
+
+
+def test_without_changes_the_scheduler_is_the_checkpoints_own():
+    spec = CheckpointSpec.parse("s=run", 8, 1.0)
+    student = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.3, stochastic_sampling=True)
+    assert spec.scheduler_changes == {}
+    assert dict(rescheduled(student).config) == dict(student.config)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("sampler=sde", "sampler of checkpoint s is 'sde'"),
+        ("shift_terminal=1", "shift_terminal is 1.0, but must be from"),
+    ],
+)
+def test_what_cannot_be_is_named(query, message):
+    with pytest.raises(ConfigError, match=message):
+        CheckpointSpec.parse(f"s=run?{query}", 8, 1.0)
