@@ -112,8 +112,8 @@ class DistillConfig(TrainConfig):
     discriminator_steps_per_generator: int = doc("Steps of those for each step that the student learns in, too.", 1)
     renoise_mean: float = doc("Mean of the normal variable whose sigmoid is the noise level that is judged.", 1.0)
     renoise_std: float = doc("Standard deviation of that variable.", 1.0)
-    mismatch_weight: float = doc(
-        "Weight of real latents under another prompt of the batch, as further fakes for the discriminator; 0: off.", 0.0
+    mismatch_fraction: float = doc(
+        "Share of real latents under another prompt of the batch among the discriminator's fakes; 0: none.", 0.0
     )
     r1_weight: float = doc("Weight of the approximate R1 penalty; 0: off.", 0.0)
     r1_noise: float = doc("Standard deviation of that penalty's perturbation of real latents.", 0.05)
@@ -184,8 +184,8 @@ class DistillConfig(TrainConfig):
     def _check_adversary(self) -> None:
         require_positive(self, "head_width", "discriminator_learning_rate", "discriminator_steps_per_generator")
         require_positive(self, "renoise_std", "r1_noise", "saturation_patience")
-        require_not_negative(self, "discriminator_warmup_steps", "r1_weight", "mismatch_weight")
-        require_fraction(self, "min_diversity", "max_discriminator_accuracy")
+        require_not_negative(self, "discriminator_warmup_steps", "r1_weight")
+        require_fraction(self, "min_diversity", "max_discriminator_accuracy", "mismatch_fraction")
         has_network = any(name in NETWORK_OF for name in self.method)
         for name, plain in (("discriminator_warmup_steps", 0), ("discriminator_steps_per_generator", 1)):
             value, reason = getattr(self, name), f"method is {self.method}, which has no discriminator"
@@ -193,9 +193,9 @@ class DistillConfig(TrainConfig):
         rule, reason = f"below max_steps ({self.max_steps})", "the student learns after it"
         warmup = self.discriminator_warmup_steps
         require(warmup < self.max_steps, "discriminator_warmup_steps", warmup, rule, reason, "Lower it")
-        rule, reason = "2 or more", "mismatch_weight takes another prompt of the batch"
-        batch, action = self.per_device_train_batch_size, "Raise it, or set mismatch_weight to 0"
-        ok = batch > 1 or not self.mismatch_weight
+        rule, reason = "2 or more", "mismatch_fraction takes another prompt of the batch"
+        batch, action = self.per_device_train_batch_size, "Raise it, or set mismatch_fraction to 0"
+        ok = batch > 1 or not self.mismatch_fraction
         require(ok, "per_device_train_batch_size", batch, rule, reason, action)
         if self.deepspeed is not None:
             self.check_zero(*_zero_of(self.deepspeed))

@@ -126,30 +126,25 @@ class AdversarialTerm(nn.Module):
         with torch.no_grad():
             real = self.teacher.tokens(blocks, interpolate(step.x0, noise, t), t, step.prompts)
         real_logits, fake_logits = heads(real, *given), heads(fake.detach(), *given)
-        own = ladd.discriminator_loss(real_logits, fake_logits)
+        share = config.mismatch_fraction
+        mismatched = self._mismatched_logits(step, noise, t) if share else None
+        own = ladd.discriminator_loss(real_logits, fake_logits, mismatched, share)
         metrics = {"discriminator_loss": own.detach(), **ladd.logit_metrics(real_logits, fake_logits, heads.names)}
         if config.r1_weight:
             r1 = ladd.approximate_r1(real_logits, heads(self._perturbed(step, noise, t), *given)) / config.r1_noise**2
             own, metrics["r1"] = own + config.r1_weight * r1, r1.detach()
-        if config.mismatch_weight:
-            mismatched = self._mismatched_loss(step, noise, t)
-            own, metrics["mismatch_loss"] = own + config.mismatch_weight * mismatched, mismatched.detach()
         if not step.learns:
             return None, own, metrics
         frozen = {name: p.detach() for name, p in heads.named_parameters()} | dict(heads.named_buffers())
         loss = ladd.generator_loss(functional_call(heads, frozen, (fake, *given)))
         return loss, own, metrics | {"generator_loss": loss.detach()}
 
-    def _mismatched_loss(self, step: StudentStep, noise: Tensor, t: Tensor) -> Tensor:
-        """Hinge loss of the latents under their neighbours' prompts, which count as fakes (Reed et al. 2016, GAN-CLS).
-
-        Without it nothing makes the heads ask whether a good picture is one of the prompt.
-        """
+    def _mismatched_logits(self, step: StudentStep, noise: Tensor, t: Tensor) -> Tensor:
+        """Of the latents under their neighbours' prompts: good pictures, but not of what was asked for."""
         prompts = (step.prompts[0].roll(1, 0), step.prompts[1].roll(1, 0))
         with torch.no_grad():
             tokens = self.teacher.tokens(self.heads.blocks, interpolate(step.x0, noise, t), t, prompts)
-        logits = self.heads(tokens, t, *prompts, self.teacher.grid(step.x0))
-        return torch.relu(1 + logits.float()).mean()
+        return self.heads(tokens, t, *prompts, self.teacher.grid(step.x0))
 
     @torch.no_grad()
     def _perturbed(self, step: StudentStep, noise: Tensor, t: Tensor) -> Tensor:

@@ -14,9 +14,24 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
-def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss (Lim & Ye 2017): mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake)). fp32 scalar; 2 at chance."""
-    return torch.relu(1 - real_logits.float()).mean() + torch.relu(1 + fake_logits.float()).mean()
+def discriminator_loss(
+    real_logits: Tensor,
+    fake_logits: Tensor,
+    mismatched_logits: Tensor | None = None,
+    mismatch_fraction: float = 0.0,
+) -> Tensor:
+    """Hinge loss (Lim & Ye 2017): mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake)). fp32 scalar; 2 at chance.
+
+    Args:
+        mismatched_logits: of real samples under others' prompts, which count as fakes (GAN-CLS, Reed et al. 2016).
+            Without them nothing makes D ask whether a good picture is one of the prompt.
+        mismatch_fraction: their share of the second term, which keeps its weight: were they added to it, calling
+            everything fake would be the cheapest answer.
+    """
+    real, fake = torch.relu(1 - real_logits.float()).mean(), torch.relu(1 + fake_logits.float()).mean()
+    if mismatched_logits is not None:
+        fake = torch.lerp(fake, torch.relu(1 + mismatched_logits.float()).mean(), mismatch_fraction)
+    return real + fake
 
 
 def approximate_r1(real_logits: Tensor, perturbed_logits: Tensor) -> Tensor:

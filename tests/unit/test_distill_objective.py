@@ -271,14 +271,18 @@ def test_a_samples_draws_do_not_depend_on_its_batch():
 
 def test_mismatched_prompts_count_as_fakes_and_leave_the_student_alone():
     data = batch()
-    plain, more = gradients(objective(), data), gradients(objective(mismatch_weight=1.0), data)
+    plain, more = gradients(objective(), data), gradients(objective(mismatch_fraction=0.25), data)
     assert all(torch.equal(plain[n], more[n]) for n in plain if n.startswith("transformer."))
-    model = objective(mismatch_weight=1.0)
+    model = objective(mismatch_fraction=0.25)
     step = model.student_step(data)
     t, noise = step.renoising(1, mean=1.0, std=1.0)
     wrong = tuple(torch.stack([part[2], part[0], part[1]]) for part in step.prompts)
     heads = model.terms["ladd"].heads
     with torch.no_grad():
         tokens = model.teacher.tokens([1, 4], interpolate(data["latents"], noise, t), t, wrong)
-        expected = (1 + heads(tokens, t, *wrong, (4, 8))).clamp_min(0).mean()
-    assert model(data)[1]["mismatch_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+        of_mismatched = (1 + heads(tokens, t, *wrong, (4, 8))).clamp_min(0).mean()
+        fakes = model.teacher.tokens([1, 4], interpolate(step.sample, noise, t), t, step.prompts)
+        of_fakes = (1 + heads(fakes, t, *step.prompts, (4, 8))).clamp_min(0).mean()
+    change = model(data)[1]["discriminator_loss"] - objective()(data)[1]["discriminator_loss"]
+    assert change.item() == pytest.approx(0.25 * (of_mismatched - of_fakes).item(), abs=1e-5)
+    assert abs(change) > 1e-4

@@ -27,6 +27,12 @@ def test_hinge_loss_is_two_at_chance_and_zero_when_both_are_beyond_the_margin():
     assert ladd.discriminator_loss(logits(1.5, 9), logits(-1, -4)).item() == 0.0
 
 
+def test_mismatched_samples_take_their_share_of_the_fakes():
+    # real 0.5; fake 1 + 1 = 2, mismatched 1 + 3 = 4: 0.5 + (0.75·2 + 0.25·4)
+    assert ladd.discriminator_loss(logits(0.5), logits(1), logits(3), 0.25).item() == pytest.approx(3.0)
+    assert ladd.discriminator_loss(logits(0), logits(0), logits(0), 0.25).item() == 2.0
+
+
 def test_samples_beyond_the_margin_give_the_discriminator_no_gradient():
     real, fake = logits(2.0, 0).requires_grad_(), logits(-3, 0.5).requires_grad_()
     ladd.discriminator_loss(real, fake).backward()
