@@ -29,6 +29,7 @@ from prx_post.data.source import Batch, BatchSource, MixedPlan
 from prx_post.distillation.config import DistillConfig, TeacherConfig
 from prx_post.distillation.monitor import StudentMonitor, open_eval_rewards, read_eval_prompts
 from prx_post.distillation.objective import DistillationObjective, Teacher
+from prx_post.distillation.pipelines import student_scheduler
 from prx_post.distillation.teacher import read_training_prompts, teacher_latents
 from prx_post.engine.ema import EMA
 from prx_post.generate import Sampler
@@ -36,7 +37,6 @@ from prx_post.model.checkpoint import load, open_pipeline
 from prx_post.model.heads import DiscriminatorHeads, check_blocks
 from prx_post.model.text import PromptCleaner
 from prx_post.objectives import ladd
-from prx_post.stages.distill import student_scheduler
 from prx_post.stages.sft import FlowMatchingObjective, SFTConfig
 
 CPU = torch.device("cpu")

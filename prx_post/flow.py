@@ -82,5 +82,6 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """One sample of standard normal noise a seed, [len(seeds), *shape] fp32 on the CPU.
 
     A sample's noise depends on its seed alone, not on its neighbours, the device or the number of processes.
+    torch seeds its CPU generator with the lowest 32 bits: seeds must differ in these.
     """
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

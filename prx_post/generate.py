@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -94,7 +95,8 @@ class Sampler:
 
     def fresh_noise(self, seeds: Sequence[int], step: int) -> Tensor:
         """What a re-noising sampler adds after step `step`, counted from 1."""
-        return seeded_noise([seed + step * 2**50 for seed in seeds], self.latent_shape).to(self.device)
+        mixed = [np.random.SeedSequence([seed, step]).generate_state(1)[0] for seed in seeds]
+        return seeded_noise([int(seed) for seed in mixed], self.latent_shape).to(self.device)
 
 
 def generate_images(

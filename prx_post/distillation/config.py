@@ -19,6 +19,7 @@ from prx_post.config import (
     require_positive,
 )
 from prx_post.model.scheduler import SAMPLERS
+from prx_post.rewards.base import parse_specs
 
 METHODS = ("trajectory", "ladd", "dmd2")
 NETWORK_OF = {"ladd": "terms.ladd.", "dmd2": "terms.dmd2."}
@@ -90,8 +91,8 @@ class DistillConfig(TrainConfig):
     num_inference_steps: int = doc("Steps that the student samples in; it is trained on exactly their noise levels.", 8)
     guidance_scale: float = doc("1, and nothing else: the student's pictures are made without guidance.", 1.0)
     shift_terminal: float | None = doc(
-        "Last noise level before 0 in the emitted scheduler, which stretches the others to it; null: the teacher's "
-        "scheduler as it is, whose last step can be idle.",
+        "Last noise level before 0 in the emitted scheduler, which stretches the others to it; null: not stretched, so "
+        "that the last step can be idle.",
         0.3,
     )
     sampler: str = doc("`euler`, or `renoise`: every step goes to x0 and back up with new noise.", "euler")
@@ -115,7 +116,9 @@ class DistillConfig(TrainConfig):
     mismatch_fraction: float = doc(
         "Share of real latents under another prompt of the batch among the discriminator's fakes; 0: none.", 0.0
     )
-    r1_weight: float = doc("Weight of the approximate R1 penalty; 0: off.", 0.0)
+    r1_weight: float = doc(
+        "Weight of the approximate R1 penalty on the squared slope (it is divided by r1_noise²); 0: off.", 0.0
+    )
     r1_noise: float = doc("Standard deviation of that penalty's perturbation of real latents.", 0.05)
     eval_steps: int = doc("Optimizer steps between two evaluations of the student's average; 0: none.", 0)
     eval_prompts_file: str | None = doc("Held-out prompts for them: JSON lines with a `prompt` each.", None)
@@ -170,6 +173,9 @@ class DistillConfig(TrainConfig):
             action = "Set it to null: one step has no level to end at"
             require(steps > 1, "shift_terminal", self.shift_terminal, "null for one step", reason, action)
         require_one_of("sampler", self.sampler, SAMPLERS)
+        reason = "trajectory teaches steps to the next level, and re-noising jumps to x0"
+        ok = self.sampler == "euler" or "trajectory" not in self.method
+        require(ok, "sampler", self.sampler, "euler with trajectory", reason, "Change one of them")
         require_not_negative(self, "timestep_warmup_steps")
         for name in ("timestep_weights", "warmup_timestep_weights"):
             weights = getattr(self, name)
@@ -190,9 +196,12 @@ class DistillConfig(TrainConfig):
         for name, plain in (("discriminator_warmup_steps", 0), ("discriminator_steps_per_generator", 1)):
             value, reason = getattr(self, name), f"method is {self.method}, which has no discriminator"
             require(has_network or value == plain, name, value, str(plain), reason, "Leave it out")
-        rule, reason = f"below max_steps ({self.max_steps})", "the student learns after it"
-        warmup = self.discriminator_warmup_steps
-        require(warmup < self.max_steps, "discriminator_warmup_steps", warmup, rule, reason, "Lower it")
+        first = self.discriminator_warmup_steps + self.discriminator_steps_per_generator
+        reason, action = "the student learns in that step for the first time", "Raise it, or let the student wait less"
+        require(first <= self.max_steps, "max_steps", self.max_steps, f"{first} or more", reason, action)
+        for name in ("renoise_mean", "renoise_std", "r1_weight", "r1_noise", "velocity_weight"):
+            value = getattr(self, name)
+            require(math.isfinite(value), name, value, "finite", "it enters the loss", "Correct it")
         rule, reason = "2 or more", "mismatch_fraction takes another prompt of the batch"
         batch, action = self.per_device_train_batch_size, "Raise it, or set mismatch_fraction to 0"
         ok = batch > 1 or not self.mismatch_fraction
@@ -203,9 +212,10 @@ class DistillConfig(TrainConfig):
     def check_zero(self, stage: int, offload: bool) -> None:
         """Raise ConfigError for what the stage cannot do under DeepSpeed."""
         reason = (
-            "the discriminator's weights are used both as they are and without gradient, which split weights cannot"
+            "the frozen teacher is whole in every process anyway, and a discriminator's weights are used both as they "
+            "are and without gradient, which split weights cannot be"
         )
-        require(stage < 3, "deepspeed", f"zero{stage}", "zero1 or zero2", reason, "The frozen teacher is whole anyway")
+        require(stage < 3, "deepspeed", f"zero{stage}", "zero1 or zero2", reason, "Set it")
         waits = self.discriminator_warmup_steps > 0 or self.discriminator_steps_per_generator > 1
         reason = "the student waits in some steps, and the optimizer on the CPU counts steps for all weights together"
         require(not (offload and waits), "deepspeed", "an optimizer on the CPU", "zero1 or zero2", reason, "Change it")
@@ -230,7 +240,7 @@ class DistillConfig(TrainConfig):
         if self.load_best_model_at_end:
             reason, action = "the best is found by evaluations", "Set it, or load_best_model_at_end: false"
             require(self.eval_steps > 0, "eval_steps", self.eval_steps, "above 0", reason, action)
-            known = [*self.eval_rewards, *(["fid"] if self.eval_encoder else [])]
+            known = [spec.label for spec in parse_specs(self.eval_rewards)] + (["fid"] if self.eval_encoder else [])
             require_one_of("metric_for_best_model", str(self.metric_for_best_model), known)
 
     def learning_rates(self) -> dict[str, float]:
@@ -252,6 +262,6 @@ def _zero_of(deepspeed: str) -> tuple[int, bool]:
         return int(deepspeed[4]), deepspeed.endswith("_offload")
     try:
         zero = json.loads(Path(deepspeed).expanduser().read_text(encoding="utf-8")).get("zero_optimization", {})
-        return int(zero.get("stage", 0)), zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        return int(zero.get("stage", 0)), (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"deepspeed is {deepspeed!r}, which cannot be read: {error}. Check the path.") from error

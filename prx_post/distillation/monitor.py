@@ -92,6 +92,7 @@ class StudentMonitor:
             metrics |= {f"eval/{name}/{num_steps}_steps": value for name, value in found.items()}
         metrics |= {f"eval/{name}/teacher": value for name, value in self._of_teacher["metrics"].items()}
         self._save_sheet(step, columns)
+        self.encoders.free()
         with (self.output_dir / "evaluations.jsonl").open("a") as file:
             file.write(json_line({"step": step, **metrics}))
         if self.config.load_best_model_at_end:
@@ -171,17 +172,17 @@ class StudentMonitor:
             )
 
     def _keep_if_best(self, step: int, value: float) -> None:
-        mark = self.output_dir / "best.json"
-        best = json.loads(mark.read_text())["value"] if mark.is_file() else None
-        lower_is_better = self.config.metric_for_best_model == "fid"
-        if best is not None and (value >= best if lower_is_better else value <= best):
+        mark, metric = self.output_dir / "best.json", self.config.metric_for_best_model
+        best = json.loads(mark.read_text()) if mark.is_file() else {}
+        sign = -1 if metric == "fid" else 1
+        if best.get("metric") == metric and not sign * value > sign * best["value"]:
             return
         named = self.student.transformer.named_parameters()
         weights = {f"transformer.{name}": p.detach().cpu().contiguous() for name, p in named if p.requires_grad}
         partial = self.output_dir / ".best.partial"
         save_file(weights, partial)
         partial.replace(self.output_dir / "best.safetensors")
-        write_bytes(mark, (json.dumps({"step": step, "value": value}) + "\n").encode())
+        write_bytes(mark, (json.dumps({"step": step, "metric": metric, "value": value}) + "\n").encode())
 
     def _save_sheet(self, step: int, columns: list[list[Image.Image]], rows: int = 8, gap: int = 2) -> None:
         """A row a prompt: the teacher's picture, then the student's at each number of steps."""

@@ -140,7 +140,11 @@ class AdversarialTerm(nn.Module):
         return loss, own, metrics | {"generator_loss": loss.detach()}
 
     def _mismatched_logits(self, step: StudentStep, noise: Tensor, t: Tensor) -> Tensor:
-        """Of the latents under their neighbours' prompts: good pictures, but not of what was asked for."""
+        """Of the latents under their neighbours' prompts: good pictures, but not of what was asked for.
+
+        Neighbours in the micro-batch, so that its size matters a little; a neighbour that asks for the same thing in
+        other words is a wrong fake.
+        """
         prompts = (step.prompts[0].roll(1, 0), step.prompts[1].roll(1, 0))
         with torch.no_grad():
             tokens = self.teacher.tokens(self.heads.blocks, interpolate(step.x0, noise, t), t, prompts)
@@ -158,6 +162,9 @@ class DistributionMatchingTerm(nn.Module):
 
     The fake-score network learns the student's distribution by flow matching; its prediction at the re-noised sample,
     less the teacher's, is what the student follows.
+
+    Differs from DMD2: the student is given noised latents of the teacher, not its own earlier steps; noise levels are
+    uniform in (0, 1); the fake score is trained at the very level and noise at which it is asked, which saves a pass.
     """
 
     def __init__(self, teacher: Teacher, config: DistillConfig, network: Any) -> None:

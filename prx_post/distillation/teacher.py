@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, cont
 from prx_post.data.encoding import EncodedCache, Encoders, Sample, fill_cache, prepare, with_what_others_wrote
 from prx_post.data.files import write_bytes
 from prx_post.data.prompts import read_prompt_rows
-from prx_post.data.readers import PictureRows, read_rows
+from prx_post.data.readers import PictureRows
 from prx_post.data.shard import Shard
 from prx_post.distillation.config import TeacherConfig
 from prx_post.generate import Sampler
@@ -141,6 +142,12 @@ def _make(batches: Sequence[Sequence[Prompt]], cache: EncodedCache, sampler: Sam
         made: list[tuple[str, Tensor]] = []
         for part in batches[start : start + BATCHES_A_FILE]:
             latents = sampler.latents([cache.embeddings[p.key] for p in part], null, [p.noise_seed for p in part])
+            for prompt, latent in zip(part, latents, strict=True):
+                if not torch.isfinite(latent).all():
+                    raise PrxPostError(
+                        f"the teacher's latent of prompt {prompt.row + 1}, {prompt.text!r}, is not finite. Check the "
+                        f"teacher's weights, or set bf16: false."
+                    )
             made += zip((p.latent_key for p in part), latents.cpu(), strict=True)
             progress.update()
         cache.latents.write(item for item in made if item[0] not in cache.latents)
@@ -149,19 +156,17 @@ def _make(batches: Sequence[Sequence[Prompt]], cache: EncodedCache, sampler: Sam
 
 def with_real_pictures(
     config: TeacherConfig,
+    rows: PictureRows,
     samples: list[Sample],
     cache: EncodedCache,
     encoders: Encoders,
     size: tuple[int, int],
     bad_rows_path: Path,
     shard: Shard,
-) -> tuple[list[Sample], EncodedCache, PictureRows | None]:
-    """The teacher's samples followed by the real ones, and a cache of both; unchanged if real_fraction is 0."""
-    if not config.real_fraction:
-        return samples, cache, None
+) -> tuple[list[Sample], EncodedCache]:
+    """The teacher's samples followed by the real ones, and a cache of both."""
     data = config.real_pictures(size)
-    rows = read_rows(data)
     real, encoded = prepare(data, rows, encoders, Buckets(encoders.pipeline, *size), bad_rows_path, (), shard)
     assert encoded is not None
     joined = JoinedCache(cache.latents, encoded.latents)
-    return [*samples, *real], EncodedCache(joined, encoded.embeddings), rows
+    return [*samples, *real], EncodedCache(joined, encoded.embeddings)

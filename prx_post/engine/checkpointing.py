@@ -30,7 +30,7 @@ from tqdm import tqdm
 from prx_post.config import PrxPostError
 from prx_post.data.files import file_sha256
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"checkpoint-(\d{6,})")
 LATEST = "latest"
 LAST_WAIT_S = 60.0

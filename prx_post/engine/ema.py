@@ -36,7 +36,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Call after optimizer step number `step`, counted from 1."""
+        """Call after update number `step` of the weights, counted from 1."""
         if not self.averages or step % self.update_steps:
             return
         self.num_updates += 1

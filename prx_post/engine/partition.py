@@ -117,10 +117,12 @@ class Partition:
 
     def gradient_norms(self) -> dict[str, float]:
         """By group, if there are several and torch has the gradients (ZeRO has split and used them by then)."""
-        groups = self._optimizer.param_groups
-        if self._zero is not None or len(groups) < 2:
+        gradients: dict[str, list[Tensor]] = {}
+        for group in self._optimizer.param_groups if self._zero is None else []:  # Muon and AdamW may share a prefix
+            found = [p.grad for p in group["params"] if p.grad is not None]
+            gradients.setdefault(group["prefix"], []).extend(found)
+        if len(gradients) < 2:
             return {}
-        gradients = {g["prefix"]: [p.grad for p in g["params"] if p.grad is not None] for g in groups}
         return {prefix: float(torch.nn.utils.get_total_norm(found)) for prefix, found in gradients.items()}
 
     def optimizer_state(self, name: str) -> State:

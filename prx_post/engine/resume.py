@@ -12,7 +12,19 @@ from prx_post.engine.checkpointing import SavedState
 from prx_post.engine.ema import EMA
 from prx_post.engine.partition import Partition, join, split
 
-MUST_STAY = ("seed", "optim", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "method", "head_blocks", "head_width")
+MUST_STAY = (
+    "seed",
+    "optim",
+    "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "method",
+    "head_blocks",
+    "head_width",
+    "renoise_mean",
+    "renoise_std",
+)
 """Settings without which the saved state means nothing."""
 MAY_CHANGE = frozenset(
     (

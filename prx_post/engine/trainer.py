@@ -70,7 +70,7 @@ class Trainer:
         self.partition = Partition(named, self.optimizer)
         self._emitted = {name: p for name, p in named.items() if name.startswith(EMITTED)}
         self.ema = EMA(self._emitted.values(), config.ema_decay, config.ema_update_steps)
-        self.step = self._nonfinite_in_a_row = 0
+        self.step = self._updates = self._nonfinite_in_a_row = 0
         self._window = Window()
         self._identity = identity
         self._writer = CheckpointWriter(
@@ -85,6 +85,7 @@ class Trainer:
         """Go on from a checkpoint as if the run had never stopped."""
         restore(self.partition, self.ema, saved)
         self.step = saved.step
+        self._updates = sum("" not in self.config.waiting(step) for step in range(saved.step))
         self.source.load_state_dict(saved.info["source"])
         state = saved.info["trainer"]
         self._nonfinite_in_a_row, self.ema.num_updates = state["nonfinite_in_a_row"], state["ema_updates"]
@@ -116,7 +117,7 @@ class Trainer:
             self._writer.clean()
             self._writer.set_aside_after(self.step)
         self.accelerator.wait_for_everyone()
-        last = self.log.keep_until(self.step, "nonfinite.jsonl", "metrics.jsonl")
+        last = self.log.keep_until(self.step, "nonfinite.jsonl", "evaluations.jsonl", "metrics.jsonl")
         self._window.start()
         if self.step == 0:
             self._sample_if(0)
@@ -195,6 +196,7 @@ class Trainer:
         with self.partition.unmoved(waiting):
             seen, grad_norm, norms = self._gradients(batches)
         self.step += 1
+        self._updates += "" not in waiting
         if not math.isfinite(grad_norm):  # every process has the same norm, so all skip together
             self.optimizer.zero_grad()
             self._record_nonfinite(seen)
@@ -203,8 +205,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._nonfinite_in_a_row = 0
-        self.ema.update(self.step)
+        if "" not in waiting:
+            self.ema.update(self._updates)
         window.grad_norm = grad_norm
+        norms = {prefix: norm for prefix, norm in norms.items() if prefix not in waiting}
         of_groups = {f"grad_norm/{prefix.rstrip('.') or 'student'}": torch.tensor(n) for prefix, n in norms.items()}
         for batch, loss, metrics in seen:
             window.add({"loss": loss, **metrics, **of_groups}, images=len(batch["seeds"]))
@@ -299,11 +303,11 @@ class Trainer:
         """Do `work`, which every process does alike; if it ends the run by a PrxPostError, save before."""
         try:
             work()
-        except PrxPostError:
+        except PrxPostError as error:
             if self.step:
                 self.save()
                 self._finish_saving()
-            raise
+            raise error.raised_by_all(self.accelerator.is_main_process) from None
 
     def _stop(self, number: int) -> None:
         self._finish_saving()

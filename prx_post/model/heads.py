@@ -4,7 +4,7 @@ Shapes: tokens [K, B, N, D] of K blocks, N = height · width image tokens in row
 logits [K, B, N].
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -102,12 +102,18 @@ class DiscriminatorHeads(nn.Module):
         return [f"block{block}" for block in self.blocks]
 
     @torch.no_grad()
-    def calibrate(self, tokens: Tensor) -> None:
-        """Set each head's channel means and deviations to those of real tokens [K, B, N, D]."""
-        for head, of_block in zip(self.heads, tokens, strict=True):
-            flat = of_block.float().flatten(0, 1)
-            head.mean.copy_(flat.mean(0))  # type: ignore[operator]
-            head.std.copy_(flat.std(0).clamp_min(1e-3))  # type: ignore[operator]
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Set each head's channel means and deviations to those of real tokens, batches of [K, B, N, D]."""
+        count, total, squares = 0, 0.0, 0.0
+        for tokens in batches:
+            flat = tokens.double().flatten(1, 2)  # [K, B·N, D]
+            count += flat.shape[1]
+            total, squares = total + flat.sum(1), squares + flat.square().sum(1)
+        mean = torch.as_tensor(total) / count
+        std = (torch.as_tensor(squares) / count - mean.square()).clamp_min(1e-6).sqrt()
+        for k, head in enumerate(self.heads):
+            head.mean.copy_(mean[k])  # type: ignore[operator]
+            head.std.copy_(std[k])  # type: ignore[operator]
 
     def forward(
         self, tokens: Tensor, t: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor, grid: tuple[int, int]

@@ -12,8 +12,8 @@ Metrics = dict[str, Tensor]
 def path_velocity(x_t: Tensor, x_next: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     """The constant velocity that takes x_t to x_next in one Euler step from t to t_next < t, fp32.
 
-    Progressive distillation's target (Salimans & Ho 2022, eq. 8 in the flow's variables): where the teacher got to in
-    several steps, with guidance (Meng et al. 2023), the student shall get in one, without.
+    Progressive distillation's target (Salimans & Ho 2022, algorithm 2, in the flow's variables): where the teacher got
+    to in several steps, with guidance (Meng et al. 2023), the student shall get in one, without.
     """
     shape = (-1, *[1] * (x_t.dim() - 1))
     return (x_t.float() - x_next.float()) / (t - t_next).view(shape)

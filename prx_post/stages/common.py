@@ -133,13 +133,13 @@ def record_samples(run: Run, samples: list[Sample], name_of: Callable[[Sample], 
     return digest
 
 
-def check_base(run: Run, pipeline: PipelineFolder, cache_dir: Path) -> str:
-    """The digest of the transformer that is post-trained.
+def check_base(run: Run, pipeline: PipelineFolder, cache_dir: Path, *others: PipelineFolder) -> str:
+    """The digest of the transformer that is post-trained, and of others that it depends on, such as a teacher's.
 
     Raises:
         PrxPostError: the run is resumed on another one: an adapter would then sit on weights it was not trained with.
     """
-    digest = fingerprint(cache_dir, pipeline.path / "transformer")
+    digest = fingerprint(cache_dir, *(folder.path / "transformer" for folder in (pipeline, *others)))
     if run.saved is not None and run.saved.info["base"] != digest:
         raise PrxPostError(
             f"model_name_or_path is {pipeline.source!r}, but {run.saved.folder} was trained from another transformer. "

@@ -1,36 +1,34 @@
 """Distillation of a PRX transformer into a student of few steps without guidance."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prx_post.config import ConfigError, ModelConfig, PrxPostError
+from prx_post.config import ModelConfig
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import EncodedCache, Encoders, Sample
 from prx_post.data.launched import launched_shard
-from prx_post.data.readers import PictureRows
+from prx_post.data.readers import PictureRows, read_rows
 from prx_post.data.source import BatchSource, MixedPlan
 from prx_post.distillation.config import DistillConfig, TeacherConfig
 from prx_post.distillation.monitor import StudentMonitor, open_eval_rewards, read_eval_prompts
 from prx_post.distillation.objective import DistillationObjective, Teacher
+from prx_post.distillation.pipelines import Pipelines, check_same_encoders
 from prx_post.distillation.teacher import Prompt, read_training_prompts, teacher_latents, with_real_pictures
 from prx_post.engine.processes import on_main, output_folder, seed_everything
 from prx_post.engine.run import Run, open_run
 from prx_post.engine.tracking import RunLog, check_trackers
 from prx_post.engine.trainer import Trainer
 from prx_post.evaluation.features import open_encoder
-from prx_post.flow import inference_sigmas, interpolate, sample_timesteps
+from prx_post.flow import interpolate, sample_timesteps
 from prx_post.generate import Sampler, default_device
-from prx_post.model import lora
 from prx_post.model.card import ModelCard
-from prx_post.model.checkpoint import PipelineFolder, load, open_pipeline
+from prx_post.model.checkpoint import load
 from prx_post.model.heads import DiscriminatorHeads, check_blocks
-from prx_post.model.scheduler import rescheduled
 from prx_post.model.text import PromptCleaner, pad_embeddings
 from prx_post.parsing import parse
 from prx_post.stages.common import GridDrawer, check_base, emit_trained, prepare_network, record_samples
@@ -39,75 +37,6 @@ CALIBRATION_SAMPLES = 64
 """Latents from which the heads' channel statistics are taken."""
 
 Configs = tuple[ModelConfig, TeacherConfig, DistillConfig]
-
-
-@dataclass
-class Pipelines:
-    """The student's start and the teacher, known from their JSON files; and what follows from both.
-
-    Raises:
-        PrxPostError: the two do not fit, or the settings do not fit them.
-    """
-
-    student: PipelineFolder
-    teacher: PipelineFolder
-    size: tuple[int, int]
-    scheduler: Any
-    """The emitted one."""
-    sigmas: Tensor
-
-    @classmethod
-    def open(cls, model: ModelConfig, teacher: TeacherConfig, config: DistillConfig) -> "Pipelines":
-        student_folder = open_pipeline(str(model.model_name_or_path), model.model_revision)
-        teacher_folder = student_folder
-        if teacher.teacher_model_name_or_path is not None:
-            teacher_folder = open_pipeline(teacher.teacher_model_name_or_path, teacher.teacher_model_revision)
-        check_fit(student_folder, teacher_folder)
-        if "ladd" in config.method:
-            check_blocks(config.head_blocks, teacher_folder.configs["transformer"]["depth"])
-        if model.use_peft:
-            lora.check_targets(student_folder, model.lora_target_modules)
-        scheduler, sigmas = student_scheduler(teacher_folder, config)
-        size = teacher_folder.resolve_size(teacher.height, teacher.width)
-        return cls(student_folder, teacher_folder, size, scheduler, sigmas)
-
-
-def student_scheduler(teacher: PipelineFolder, config: DistillConfig) -> tuple[Any, Tensor]:
-    """The scheduler that is emitted, and the noise levels [N + 1] that it visits in `num_inference_steps`.
-
-    Raises:
-        ConfigError: it cannot give that many.
-    """
-    base = teacher.load_scheduler()
-    scheduler = rescheduled(base, shift_terminal=config.shift_terminal, sampler=config.sampler)
-    try:
-        return scheduler, inference_sigmas(scheduler, config.num_inference_steps)
-    except ValueError as error:
-        raise ConfigError(
-            f"num_inference_steps is {config.num_inference_steps}, but the teacher's scheduler cannot give it with "
-            f"shift_terminal {config.shift_terminal}: {error}. Change one of them."
-        ) from error
-
-
-def check_fit(student: PipelineFolder, teacher: PipelineFolder) -> None:
-    """Raise PrxPostError unless both have one architecture and one VAE: the student's samples are the teacher's input.
-
-    Their text encoders may be different files of one width; the teacher's embeddings are used.
-    """
-    for component in ("transformer", "vae"):
-        own, other = (_described(folder.configs[component]) for folder in (student, teacher))
-        for key in sorted(own.keys() | other.keys()):
-            if own.get(key) != other.get(key):
-                raise PrxPostError(
-                    f"{student.source} has a {component} with {key} {own.get(key)}, but the teacher {teacher.source} "
-                    f"has {other.get(key)}: the teacher must understand what the student draws. Choose a teacher of "
-                    f"the same kind."
-                )
-
-
-def _described(config: dict[str, Any]) -> dict[str, Any]:
-    """A component's settings without where and by what it was saved."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def run(args: Sequence[str]) -> None:
@@ -128,6 +57,7 @@ def train(model: ModelConfig, teacher: TeacherConfig, config: DistillConfig) -> 
     if config.eval_encoder:
         open_encoder(config.eval_encoder, torch.device("cpu"), "float32", 16)
     prompts = read_training_prompts(teacher, PromptCleaner(teacher.skip_text_cleaning))
+    rows = read_rows(teacher.real_pictures(pipelines.size)) if teacher.real_fraction else None
     eval_prompts = read_eval_prompts(config)
     open_eval_rewards(config, eval_prompts)
     settings = {k: v for part in (model, teacher, config) for k, v in dataclasses.asdict(part).items()}
@@ -138,20 +68,21 @@ def train(model: ModelConfig, teacher: TeacherConfig, config: DistillConfig) -> 
                 f"unguided pictures; PRX checkpoints are meant to be guided, by 4 or 5."
             )
         if not run.is_finished:
-            _Distillation(run, pipelines, (model, teacher, config), prompts, eval_prompts).train()
+            _Distillation(run, pipelines, (model, teacher, config), prompts, rows, eval_prompts).train()
         run.accelerator.print(f"pipeline in {run.final}")
     return run.final
 
 
 def make_latents(args: Sequence[str]) -> None:
-    """`prx-post data teacher-latents`: a distillation's latents and embeddings, ahead of it."""
+    """`prx-post data teacher-latents`: a distillation's latents, and every prompt's embeddings, ahead of it."""
     model, teacher, config = check(args)
     pipelines = Pipelines.open(model, teacher, config)
     prompts = read_training_prompts(teacher, PromptCleaner(teacher.skip_text_cleaning))
     with launched_shard() as shard:
         frozen = _Frozen(pipelines, teacher, config, default_device())
         samples, cache = teacher_latents(
-            teacher, prompts, frozen.encoders, pipelines.size, frozen.sampler, shard, read_eval_prompts(config)
+            *(teacher, prompts, frozen.encoders, pipelines.size, frozen.sampler, shard),
+            [*config.sample_prompts, *read_eval_prompts(config)],
         )
         if shard.rank == 0:
             print(f"{len(samples)} latents in {cache.latents.folder}")
@@ -171,7 +102,8 @@ class _Frozen:
     @property
     def transformer(self) -> Any:
         if self._loaded is None:
-            loaded = load(self._pipelines.teacher).transformer.to(self._device).eval().requires_grad_(False)
+            dtype = torch.bfloat16 if self._config.bf16 else torch.float32
+            loaded = load(self._pipelines.teacher, dtype).transformer.to(self._device).eval().requires_grad_(False)
             if self._config.gradient_checkpointing:
                 loaded.enable_gradient_checkpointing()
             self._loaded = loaded
@@ -196,19 +128,28 @@ class _Distillation:
     """One run, from its settings to the emitted pipeline."""
 
     def __init__(
-        self, run: Run, pipelines: Pipelines, configs: Configs, prompts: list[Prompt], eval_prompts: list[str]
+        self,
+        run: Run,
+        pipelines: Pipelines,
+        configs: Configs,
+        prompts: list[Prompt],
+        rows: PictureRows | None,
+        eval_prompts: list[str],
     ) -> None:
-        self.run, self.pipelines, self.prompts, self.eval_prompts = run, pipelines, prompts, eval_prompts
+        self.run, self.pipelines = run, pipelines
+        self.prompts, self.rows, self.eval_prompts = prompts, rows, eval_prompts
         self.model, self.teacher, self.config = configs
         self.accelerator = run.accelerator
         self.frozen = _Frozen(pipelines, self.teacher, self.config, run.accelerator.device)
 
     def train(self) -> None:
         config, accelerator, run = self.config, self.accelerator, self.run
-        samples, cache, rows = self._data()
-        digest = on_main(accelerator, lambda: record_samples(run, samples, self._name_of(rows)))
         cache_dir = Path(self.teacher.cache_dir).expanduser()
-        base = on_main(accelerator, lambda: check_base(run, self.pipelines.student, cache_dir))
+        pipelines = self.pipelines
+        on_main(accelerator, lambda: check_same_encoders(pipelines.student, pipelines.teacher, cache_dir))
+        base = on_main(accelerator, lambda: check_base(run, pipelines.student, cache_dir, pipelines.teacher))
+        samples, cache = self._data()
+        digest = on_main(accelerator, lambda: record_samples(run, samples, self._name_of))
         self.frozen.encoders.free()
 
         seed_everything(config)
@@ -235,14 +176,13 @@ class _Distillation:
                 monitor.forget_after(trainer.step)
             metrics = trainer.fit()
             weights = trainer.averaged_weights()
-            best = monitor.best_weights() if config.load_best_model_at_end else None
             readme = self._card(metrics, len(samples))
             on_main(
                 accelerator,
                 lambda: emit_trained(
                     self.pipelines.student,
                     self.model,
-                    best or weights,
+                    (monitor.best_weights() if config.load_best_model_at_end else None) or weights,
                     run,
                     config.emit_dtype,
                     readme,
@@ -252,28 +192,23 @@ class _Distillation:
         finally:
             log.close()
 
-    def _data(self) -> tuple[list[Sample], EncodedCache, PictureRows | None]:
+    def _data(self) -> tuple[list[Sample], EncodedCache]:
         """The teacher's latents, made as far as they are missing, and the real ones."""
         teacher, run, encoders = self.teacher, self.run, self.frozen.encoders
+        size, extra = self.pipelines.size, [*self.config.sample_prompts, *self.eval_prompts]
         if self.accelerator.is_main_process:
-            encoders.cleaner.warn_of_lost([*self.config.sample_prompts, *self.eval_prompts])
-        extra = [*self.config.sample_prompts, *self.eval_prompts]
-        samples, cache = teacher_latents(
-            teacher, self.prompts, encoders, self.pipelines.size, self.frozen.sampler, run.shard, extra
-        )
-        self._num_teachers = len(samples)
+            encoders.cleaner.warn_of_lost(extra)
+        samples, cache = teacher_latents(teacher, self.prompts, encoders, size, self.frozen.sampler, run.shard, extra)
+        if self.rows is None:
+            return samples, cache
         bad_rows = run.output_dir / "bad_rows.jsonl"
-        return with_real_pictures(teacher, samples, cache, encoders, self.pipelines.size, bad_rows, run.shard)
+        return with_real_pictures(teacher, self.rows, samples, cache, encoders, size, bad_rows, run.shard)
 
-    def _name_of(self, rows: PictureRows | None) -> Callable[[Sample], str]:
+    def _name_of(self, sample: Sample) -> str:
         """What a sample is called in samples.jsonl: its line in the prompt file, or its picture."""
-        file = Path(str(self.teacher.prompts_file)).name
-
-        def name(sample: Sample) -> str:
-            is_real = rows is not None and not sample.image_key.startswith(sample.prompt_key)
-            return rows.name(sample.row) if is_real and rows is not None else f"{file}:{sample.row + 1}"
-
-        return name
+        if self.rows is not None and not sample.image_key.startswith(sample.prompt_key):
+            return self.rows.name(sample.row)
+        return f"{Path(str(self.teacher.prompts_file)).name}:{sample.row + 1}"
 
     def _objective(self, network: Any, samples: list[Sample], cache: EncodedCache) -> DistillationObjective:
         config, folder = self.config, self.pipelines.teacher
@@ -289,7 +224,7 @@ class _Distillation:
         if "ladd" in config.method:
             blocks = check_blocks(config.head_blocks, shape["depth"])
             heads = DiscriminatorHeads(blocks, shape["hidden_size"], shape["context_in_dim"], config.head_width)
-            _calibrate(heads.to(device), teacher, samples, cache, config)
+            _calibrate(heads.to(device), teacher, samples, cache, config, self.teacher.teacher_batch_size)
             networks["ladd"] = heads
         if "dmd2" in config.method:
             networks["dmd2"] = prepare_network(load(folder).transformer, self.model, config)
@@ -297,7 +232,7 @@ class _Distillation:
 
     def _source(self, samples: list[Sample], cache: EncodedCache) -> BatchSource:
         config, world, size = self.config, self.accelerator.num_processes, self.config.per_device_train_batch_size
-        count = self._num_teachers
+        count = len(self.prompts)
         plan = MixedPlan(
             first=count,
             second=len(samples) - count,
@@ -362,15 +297,25 @@ class _Distillation:
 
 
 def _calibrate(
-    heads: DiscriminatorHeads, teacher: Teacher, samples: list[Sample], cache: EncodedCache, config: DistillConfig
+    heads: DiscriminatorHeads,
+    teacher: Teacher,
+    samples: list[Sample],
+    cache: EncodedCache,
+    config: DistillConfig,
+    batch_size: int,
 ) -> None:
-    """Set the heads' channel statistics from the first latents, noised as in training; the same on every process."""
-    chosen = samples[:CALIBRATION_SAMPLES]
-    device = teacher.null.device
-    x0 = torch.stack([cache.latents[s.image_key] for s in chosen]).to(device)
-    embeds, mask = pad_embeddings([cache.embeddings[s.prompt_key].to(device) for s in chosen])
-    generator = torch.Generator().manual_seed(config.seed)
-    t = sample_timesteps(len(chosen), mean=config.renoise_mean, std=config.renoise_std, generator=generator).to(device)
-    noise = torch.randn(x0.shape, generator=generator).to(device)
+    """Set the heads' channel statistics from some latents, noised as in training; the same on every process."""
+    chosen = samples[:: max(1, len(samples) // CALIBRATION_SAMPLES)][:CALIBRATION_SAMPLES]
+    device, generator = teacher.null.device, torch.Generator().manual_seed(config.seed)
+
+    def batches() -> Iterator[Tensor]:
+        for start in range(0, len(chosen), batch_size):
+            part = chosen[start : start + batch_size]
+            x0 = torch.stack([cache.latents[s.image_key] for s in part])
+            prompts = pad_embeddings([cache.embeddings[s.prompt_key].to(device) for s in part])
+            t = sample_timesteps(len(part), mean=config.renoise_mean, std=config.renoise_std, generator=generator)
+            x_t = interpolate(x0, torch.randn(x0.shape, generator=generator), t)
+            yield teacher.tokens(heads.blocks, x_t.to(device), t.to(device), prompts)
+
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-        heads.calibrate(teacher.tokens(heads.blocks, interpolate(x0, noise, t), t, (embeds, mask)))
+        heads.calibrate(batches())

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from prx_post.config import ConfigError, PrxPostError
 from prx_post.distillation import monitor
+from prx_post.distillation.pipelines import check_fit, student_scheduler
 from prx_post.engine.checkpointing import open_checkpoint
 from prx_post.flow import inference_sigmas
 from prx_post.model.checkpoint import PipelineFolder, open_pipeline
-from prx_post.stages.distill import check_fit, student_scheduler, train
+from prx_post.stages.distill import train
 from tests.distilling import settings
 
 PROMPTS = ["472", "eighty-one", "trois cent six", "neunhundertfünf", "12", "77", "five hundred"]
@@ -218,7 +219,11 @@ def test_the_average_is_evaluated_at_each_number_of_steps_and_the_best_is_emitte
     )
     assert "eval/judge_exact/teacher" in lines[0]
     assert (tmp_path / "run" / "samples" / "eval-000004.png").exists()
-    assert json.loads((tmp_path / "run" / "best.json").read_text()) == {"step": 2, "value": 0.9}
+    assert json.loads((tmp_path / "run" / "best.json").read_text()) == {
+        "step": 2,
+        "metric": "judge_graded",
+        "value": 0.9,
+    }
     emitted = weights(tmp_path / "run")
     states = {n: open_checkpoint(tmp_path / "run" / f"checkpoint-{n:06d}").tensors() for n in (2, 4)}
     name = "img_in.weight"
