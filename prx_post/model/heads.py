@@ -104,13 +104,13 @@ class DiscriminatorHeads(nn.Module):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Set each head's channel means and deviations to those of real tokens, batches of [K, B, N, D]."""
-        count, total, squares = 0, 0.0, 0.0
+        sums = []
         for tokens in batches:
             flat = tokens.double().flatten(1, 2)  # [K, B·N, D]
-            count += flat.shape[1]
-            total, squares = total + flat.sum(1), squares + flat.square().sum(1)
-        mean = torch.as_tensor(total) / count
-        std = (torch.as_tensor(squares) / count - mean.square()).clamp_min(1e-6).sqrt()
+            sums.append(torch.stack([torch.ones_like(flat).sum(1), flat.sum(1), flat.square().sum(1)]))
+        count, total, squares = torch.stack(sums).sum(0)
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(1e-6).sqrt()
         for k, head in enumerate(self.heads):
             head.mean.copy_(mean[k])  # type: ignore[operator]
             head.std.copy_(std[k])  # type: ignore[operator]

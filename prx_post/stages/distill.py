@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prx_post.config import ModelConfig
+from prx_post.config import ModelConfig, require
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import EncodedCache, Encoders, Sample
 from prx_post.data.launched import launched_shard
@@ -140,7 +140,21 @@ class _Distillation:
         self.prompts, self.rows, self.eval_prompts = prompts, rows, eval_prompts
         self.model, self.teacher, self.config = configs
         self.accelerator = run.accelerator
+        self._check_real_fraction()
         self.frozen = _Frozen(pipelines, self.teacher, self.config, run.accelerator.device)
+
+    def _check_real_fraction(self) -> None:
+        fraction, size = self.teacher.real_fraction, self._global_batch_size
+        is_whole_or_mixed = fraction in (0, 1) or 0 < round(fraction * size) < size
+        rule, reason = "enough for one sample or more of each kind", f"a step takes {size} samples"
+        action = "Raise per_device_train_batch_size, or choose another share"
+        require(is_whole_or_mixed, "real_fraction", fraction, rule, reason, action)
+
+    @property
+    def _global_batch_size(self) -> int:
+        """Samples of one optimizer step on all processes."""
+        config = self.config
+        return config.per_device_train_batch_size * self.accelerator.num_processes * config.gradient_accumulation_steps
 
     def train(self) -> None:
         config, accelerator, run = self.config, self.accelerator, self.run
@@ -237,7 +251,7 @@ class _Distillation:
             first=count,
             second=len(samples) - count,
             second_fraction=self.teacher.real_fraction,
-            global_batch_size=size * world * config.gradient_accumulation_steps,
+            global_batch_size=self._global_batch_size,
             seed=config.seed,
             num_steps=config.max_steps,
         )

@@ -13,7 +13,7 @@ from prx_post.config import ConfigError, PrxPostError
 from prx_post.distillation import monitor
 from prx_post.distillation.pipelines import check_fit, student_scheduler
 from prx_post.engine.checkpointing import open_checkpoint
-from prx_post.flow import inference_sigmas
+from prx_post.flow import inference_sigmas, seeded_noise
 from prx_post.model.checkpoint import PipelineFolder, open_pipeline
 from prx_post.stages.distill import train
 from tests.distilling import settings
@@ -90,6 +90,17 @@ def test_the_teachers_own_eight_step_grid_would_waste_its_last_step():
     assert sigmas[-2] < 0.01
 
 
+def test_every_step_of_a_renoising_sampler_has_noise_of_its_own():
+    from prx_post.generate import build_sampler
+    from prx_post.model.checkpoint import load
+
+    sampler = build_sampler(load("tiny"), (32, 64), 4, 1.0, torch.device("cpu"))
+    drawn = [seeded_noise([7], sampler.latent_shape), *(sampler.fresh_noise([7], step) for step in (1, 2, 3))]
+    drawn.append(sampler.fresh_noise([8], 1))
+    for i, one in enumerate(drawn):
+        assert all((one - other).std() > 1 for other in drawn[:i])  # independent normals differ by sqrt(2)
+
+
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
 def test_our_sampler_draws_what_the_stock_pipeline_draws_from_a_student(prompts_file, warm_cache, tmp_path, sampler):
     from prx_post.data.encoding import Encoders
@@ -97,7 +108,7 @@ def test_our_sampler_draws_what_the_stock_pipeline_draws_from_a_student(prompts_
     from prx_post.model.checkpoint import load
     from prx_post.model.text import PromptCleaner
 
-    final = train(*settings(prompts_file, warm_cache, tmp_path / "run", max_steps=1, sampler=sampler))
+    final = train(*settings(prompts_file, warm_cache, tmp_path / "run", max_steps=1, sampler=sampler, method=["ladd"]))
     checkpoint = load(str(final))
     assert checkpoint.scheduler.config.stochastic_sampling == (sampler == "renoise")
     cpu = torch.device("cpu")
@@ -127,10 +138,11 @@ METHODS = [
     {"method": ["dmd2", "ladd"]},
     {"method": ["trajectory", "ladd"], "use_peft": True, "lora_r": 4, "lora_dropout": 0.2},
     {"method": ["dmd2"], "use_peft": True, "lora_r": 4, "velocity_weight": 0.1},
+    {"method": ["ladd", "dmd2"], "bf16": True, "gradient_checkpointing": True, "optim": "muon"},
 ]
 
 
-@pytest.mark.parametrize("changes", METHODS, ids=["trajectory", "ladd", "dmd2+ladd", "lora", "dmd2-lora"])
+@pytest.mark.parametrize("changes", METHODS, ids=["trajectory", "ladd", "dmd2+ladd", "lora", "dmd2-lora", "bf16-muon"])
 def test_a_resumed_run_is_bit_identical(prompts_file, warm_cache, tmp_path, changes):
     common = {"save_steps": 2, "gradient_accumulation_steps": 2, **changes}
     train(*settings(prompts_file, warm_cache, tmp_path / "whole", **common))
@@ -322,6 +334,57 @@ def test_teacher_and_student_of_different_vaes_do_not_fit():
     other = dataclasses.replace(tiny, configs={**tiny.configs, "vae": {**tiny.configs["vae"], "scaling_factor": 9.0}})
     with pytest.raises(PrxPostError, match="vae with scaling_factor"):
         check_fit(tiny, other)
+
+
+def test_defaults_that_a_file_leaves_out_are_no_difference():
+    """As between checkpoints that were saved by an older and a newer diffusers."""
+    tiny = open_pipeline("tiny")
+    shorter = {k: v for k, v in tiny.configs["transformer"].items() if k not in ("resolution_embeds", "theta")}
+    check_fit(tiny, dataclasses.replace(tiny, configs={**tiny.configs, "transformer": shorter}))
+    changed = dataclasses.replace(tiny, configs={**tiny.configs, "transformer": {**shorter, "theta": 5}})
+    with pytest.raises(PrxPostError, match="transformer with theta 10000, but the teacher tiny has 5"):
+        check_fit(tiny, changed)
+
+
+def test_a_teacher_with_another_text_encoder_is_refused(prompts_file, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(open_pipeline("tiny").path, other)
+    file = other / "tokenizer" / "tokenizer_config.json"
+    file.write_text(file.read_text() + "\n")
+    changes = {"teacher_model_name_or_path": str(other)}
+    with pytest.raises(PrxPostError, match="has another tokenizer than the teacher"):
+        train(*settings(prompts_file, tmp_path / "cache", tmp_path / "run", **changes))
+    assert not (tmp_path / "cache" / "teacher-latents").exists()
+
+
+def test_a_share_of_real_pictures_that_no_batch_can_hold_is_an_error(prompts_file, picture_folder, tmp_path):
+    changes = {"real_fraction": 0.1, "dataset_name": str(picture_folder)}
+    with pytest.raises(ConfigError, match="real_fraction is 0.1, but must be enough .* a step takes 4 samples"):
+        train(*settings(prompts_file, tmp_path / "cache", tmp_path / "run", **changes))
+
+
+def test_a_misspelt_folder_of_real_pictures_is_found_before_anything_is_made(prompts_file, tmp_path, monkeypatch):
+    no_models(monkeypatch)
+    changes = {"real_fraction": 0.5, "dataset_name": "./nothing"}
+    with pytest.raises(PrxPostError, match="dataset_name is './nothing'"):
+        train(*settings(prompts_file, tmp_path / "cache", tmp_path / "run", **changes))
+
+
+def test_heads_begin_with_the_statistics_of_the_teachers_latents(prompts_file, warm_cache, tmp_path, monkeypatch):
+    from prx_post.distillation.objective import AdversarialTerm
+
+    seen = []
+    forward = AdversarialTerm.forward
+
+    def spy(self, step):
+        seen.append([(head.mean.clone(), head.std.clone()) for head in self.heads.heads])
+        return forward(self, step)
+
+    monkeypatch.setattr(AdversarialTerm, "forward", spy)
+    train(*settings(prompts_file, warm_cache, tmp_path / "run", method=["ladd"], max_steps=1))
+    for mean, std in seen[0]:
+        assert mean.abs().max() > 0.1
+        assert (std - 1).abs().max() > 0.1
 
 
 def test_a_scheduler_that_cannot_give_the_steps_is_an_error(tmp_path):

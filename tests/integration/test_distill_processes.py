@@ -17,7 +17,7 @@ GAME = {
     "method": ["ladd", "trajectory"],
     "discriminator_warmup_steps": 1,
     "discriminator_steps_per_generator": 2,
-    "save_steps": 2,
+    "save_steps": 1,
     "save_total_limit": 9,
     "max_steps": 6,
     # plain sums of gradients, so that a checkpoint's weights show them: no momentum, no division
@@ -86,7 +86,14 @@ def test_student_and_head_gradients_are_those_of_one_process(runs, mode):
 @pytest.mark.parametrize("mode", ["one", *MODES])
 def test_a_student_that_waits_keeps_its_weights_and_moments_in_every_mode(runs, mode):
     """Steps 1 and 2 are the heads' alone; step 4 is, too, after the student has moments."""
-    states = {n: open_checkpoint(runs(mode) / f"checkpoint-{n:06d}").tensors() for n in (2, 4, 6)}
+    states = {n: open_checkpoint(runs(mode) / f"checkpoint-{n:06d}").tensors() for n in (2, 3, 4, 6)}
+    for part in ("model", "optimizer", "ema"):
+        of_student = [f"{part}/{key}" for key, _ in states[3].under(part) if key.startswith("transformer.")]
+        assert of_student
+        assert all(torch.equal(states[3][key], states[4][key]) for key in of_student), part
+    moved = [key for key, value in states[3].under("model") if not torch.equal(value, states[4][f"model/{key}"])]
+    assert moved
+    assert all(key.startswith("terms.") for key in moved)
     name = "transformer.img_in.weight"
     moments = f"optimizer/{name}/exp_avg_sq"
     assert moments not in states[2] or not states[2][moments].any()

@@ -24,9 +24,12 @@ from tests.distilling import config
         ({"timestep_weights": [1.0, 1.0]}, r"timestep_weights is \[1.0, 1.0\], but must be 4 numbers"),
         ({"timestep_weights": [0, 0, 0, 0]}, "not all 0"),
         ({"timestep_warmup_steps": 5}, "timestep_warmup_steps is 5, but must be set with the weights"),
-        ({"discriminator_warmup_steps": 100}, "must be below max_steps"),
+        ({"discriminator_warmup_steps": 100}, "max_steps is 100, but must be 101 or more because the student learns"),
+        ({"discriminator_steps_per_generator": 101}, "max_steps is 100, but must be 101 or more"),
+        ({"renoise_mean": float("nan")}, "renoise_mean is nan, but must be finite"),
+        ({"method": ["trajectory"], "sampler": "renoise"}, "sampler is 'renoise', but must be euler with trajectory"),
         ({"method": ["trajectory"], "discriminator_warmup_steps": 5}, "has no discriminator"),
-        ({"deepspeed": "zero3"}, "deepspeed is 'zero3', but must be zero1 or zero2 because the discriminator"),
+        ({"deepspeed": "zero3"}, "deepspeed is 'zero3', but must be zero1 or zero2 because the frozen teacher"),
         ({"deepspeed": "zero2_offload", "discriminator_warmup_steps": 5}, "optimizer on the CPU"),
         ({"eval_steps": 10}, "eval_prompts_file is None, but must be a file"),
         ({"eval_steps": 10, "eval_prompts_file": "x"}, r"eval_num_inference_steps is \[8, 4, 2, 1\]"),
@@ -48,6 +51,8 @@ def test_the_best_model_needs_a_metric_that_is_measured():
     evaluated = {"eval_steps": 5, "eval_prompts_file": "x", "load_best_model_at_end": True}
     with pytest.raises(ConfigError, match="metric_for_best_model is 'hpsv2'"):
         config(**evaluated, metric_for_best_model="hpsv2", eval_rewards=["clip_score"])
+    named = {"eval_rewards": ["taste=mine.py:score"]}
+    assert config(**evaluated, **named, metric_for_best_model="taste").eval_rewards == ["taste=mine.py:score"]
     assert config(**evaluated, metric_for_best_model="fid", eval_encoder="judge").load_best_model_at_end
 
 
