@@ -18,6 +18,7 @@ from prx_post.config import (
     require_one_of,
     require_positive,
 )
+from prx_post.model.heads import ATTENTION_HEADS
 from prx_post.model.scheduler import SAMPLERS
 from prx_post.rewards.base import parse_specs
 
@@ -192,6 +193,12 @@ class DistillConfig(TrainConfig):
         require_positive(self, "renoise_std", "r1_noise", "saturation_patience")
         require_not_negative(self, "discriminator_warmup_steps", "r1_weight")
         require_fraction(self, "min_diversity", "max_discriminator_accuracy", "mismatch_fraction")
+        value, action = self.head_width, f"Use {-(-self.head_width // ATTENTION_HEADS) * ATTENTION_HEADS}"
+        rule, reason = (
+            f"a multiple of {ATTENTION_HEADS}",
+            "the heads look the prompt up by attention with as many heads",
+        )
+        require(value % ATTENTION_HEADS == 0, "head_width", value, rule, reason, action)
         has_network = any(name in NETWORK_OF for name in self.method)
         for name, plain in (("discriminator_warmup_steps", 0), ("discriminator_steps_per_generator", 1)):
             value, reason = getattr(self, name), f"method is {self.method}, which has no discriminator"

@@ -130,6 +130,8 @@ class AdversarialTerm(nn.Module):
         mismatched = self._mismatched_logits(step, noise, t) if share else None
         own = ladd.discriminator_loss(real_logits, fake_logits, mismatched, share)
         metrics = {"discriminator_loss": own.detach(), **ladd.logit_metrics(real_logits, fake_logits, heads.names)}
+        if mismatched is not None:
+            metrics["mismatched_logit"] = mismatched.detach().float().mean()
         if config.r1_weight:
             r1 = ladd.approximate_r1(real_logits, heads(self._perturbed(step, noise, t), *given)) / config.r1_noise**2
             own, metrics["r1"] = own + config.r1_weight * r1, r1.detach()

@@ -14,6 +14,7 @@ from prx_post.config import require
 from prx_post.model.denoiser import predict_velocity
 
 FREQUENCIES = 32
+ATTENTION_HEADS = 4
 
 
 def default_blocks(depth: int) -> list[int]:
@@ -56,8 +57,9 @@ class Head(nn.Module):
     """Tokens of one block -> a logit a token, given prompt and noise level.
 
     Each channel is standardised by constants (see `DiscriminatorHeads.calibrate`), not by a norm over the sample,
-    which would hide the very statistics that tell real from fake. Two 3×3 convolutions; the condition scales and
-    shifts between them, and is compared with the result (projection discriminator, Miyato & Koyama 2018).
+    which would hide the very statistics that tell real from fake. Every token looks up the prompt by attention, which a
+    pooled prompt would not let it: that says what is asked for, but not where. Then two 3×3 convolutions; the noise
+    level scales and shifts between them.
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -67,34 +69,34 @@ class Head(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
         self.reduce = nn.Conv2d(channels, width, 1)
+        self.ask = nn.MultiheadAttention(width, ATTENTION_HEADS, batch_first=True)
         self.first = nn.Conv2d(width, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
         self.modulate = nn.Linear(width, 2 * width)
-        self.project = nn.Linear(width, width)
         self.out = nn.Conv2d(width, 1, 1)
 
-    def forward(self, tokens: Tensor, condition: Tensor, height: int, width: int) -> Tensor:
-        """tokens [B, N, D], condition [B, width of the head] -> logits [B, N]."""
+    def forward(self, tokens: Tensor, level: Tensor, text: Tensor, padding: Tensor, grid: tuple[int, int]) -> Tensor:
+        """tokens [B, N, D], level [B, W], text [B, L, W], padding [B, L] bool, W the head's width -> logits [B, N]."""
         standard = (tokens - self.mean) / self.std
-        x = self.reduce(standard.transpose(1, 2).unflatten(2, (height, width)))
-        scale, shift = self.modulate(condition)[..., None, None].chunk(2, dim=1)
+        x = self.reduce(standard.transpose(1, 2)[..., None]).squeeze(3).transpose(1, 2)
+        x = x + self.ask(x, text, text, key_padding_mask=padding, need_weights=False)[0]
+        x = x.transpose(1, 2).unflatten(2, grid)
+        scale, shift = self.modulate(level)[..., None, None].chunk(2, dim=1)
         x = x + self.first(nn.functional.silu(x))
         x = nn.functional.silu(x * (1 + scale) + shift)
         x = nn.functional.silu(self.second(x))
-        similarity = (x * self.project(condition)[..., None, None]).mean(1, keepdim=True)
-        return (self.out(x) + similarity).flatten(1)
+        return self.out(x).flatten(1)
 
 
 class DiscriminatorHeads(nn.Module):
-    """One `Head` a block, and what they share: the condition, made of the pooled prompt and the noise level."""
+    """One `Head` a block, and what they share: the noise level's and the prompt's projections to their width."""
 
     def __init__(self, blocks: Sequence[int], channels: int, text_width: int, width: int = 64) -> None:
         """channels: D of the tokens; text_width: of the prompt embeddings; width: of the heads."""
         super().__init__()
         self.blocks = list(blocks)
         self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
-        self.level = nn.Linear(2 * FREQUENCIES, width)
-        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.level = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.heads = nn.ModuleList([Head(channels, width) for _ in blocks])
 
     @property
@@ -125,10 +127,9 @@ class DiscriminatorHeads(nn.Module):
             prompt_embeds, prompt_mask: [B, L, E] and [B, L] bool.
             grid: rows and columns of tokens.
         """
-        weight = prompt_mask.unsqueeze(-1).to(prompt_embeds.dtype)
-        pooled = (prompt_embeds * weight).sum(1) / weight.sum(1).clamp_min(1)
-        condition = self.condition(self.text(pooled) + self.level(_waves(t)))
-        return torch.stack([head(x, condition, *grid) for head, x in zip(self.heads, tokens, strict=True)])
+        level, text = self.level(_waves(t)), self.text(prompt_embeds)
+        given = (level, text, ~prompt_mask, grid)
+        return torch.stack([head(x, *given) for head, x in zip(self.heads, tokens, strict=True)])
 
 
 def _waves(t: Tensor) -> Tensor:
