@@ -110,8 +110,7 @@ class StudentMonitor:
             raise TrainingStopped(
                 f"the discriminator told real from fake with accuracy {accuracy:.3f} (max_discriminator_accuracy) in "
                 f"{patience} logged windows in a row, so the student learns nothing from it; stopped at step {step}. "
-                f"Lower discriminator_learning_rate, raise renoise_mean or r1_weight, or begin with a student from "
-                f"`method: trajectory`."
+                f"Lower discriminator_learning_rate, or raise renoise_mean or r1_weight."
             )
 
     def best_weights(self) -> dict[str, Tensor] | None:
@@ -167,8 +166,8 @@ class StudentMonitor:
         if own < self.config.min_diversity * teachers:
             raise TrainingStopped(
                 f"the student's pictures of one prompt differ by {own:.4f} at step {step}, the teacher's by "
-                f"{teachers:.4f} (min_diversity {self.config.min_diversity}): it has collapsed. Lower learning_rate or "
-                f"the weight of ladd, or add `trajectory` to method."
+                f"{teachers:.4f} (min_diversity {self.config.min_diversity}): it has collapsed. Lower learning_rate, or "
+                f"begin again with a student from `method: trajectory`."
             )
 
     def _keep_if_best(self, step: int, value: float) -> None:
