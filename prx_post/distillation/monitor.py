@@ -166,8 +166,8 @@ class StudentMonitor:
         if own < self.config.min_diversity * teachers:
             raise TrainingStopped(
                 f"the student's pictures of one prompt differ by {own:.4f} at step {step}, the teacher's by "
-                f"{teachers:.4f} (min_diversity {self.config.min_diversity}): it has collapsed. Lower learning_rate, or "
-                f"begin again with a student from `method: trajectory`."
+                f"{teachers:.4f} (min_diversity {self.config.min_diversity}): it has collapsed. Lower "
+                f"learning_rate, or begin again with a student from `method: trajectory`."
             )
 
     def _keep_if_best(self, step: int, value: float) -> None:
