@@ -18,38 +18,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ADVERSARY = {
-    "learning_rate": 1e-5,
+LADD = {
+    "method": ["ladd"],
+    "learning_rate": 4e-5,
+    "lr_scheduler_type": "constant_with_warmup",
     "adam_beta1": 0.0,
-    "discriminator_learning_rate": 3e-4,
-    "discriminator_warmup_steps": 50,
-    "discriminator_steps_per_generator": 2,
+    "discriminator_learning_rate": 1e-3,
+    "discriminator_warmup_steps": 60,
+    "mismatch_fraction": 0.4,
+    "timestep_weights": [3, 3, 2, 2, 2, 1, 1, 1],
 }
-HIGH_NOISE = {"timestep_weights": [3, 3, 2, 2, 2, 1, 1, 1]}
-LADD = {"method": ["ladd"], **ADVERSARY, **HIGH_NOISE}
-AFTER_TRAJECTORY = {"start": "trajectory", "learning_rate": 3e-6}
+DMD2 = {"method": ["dmd2"], "learning_rate": 4e-5, "adam_beta1": 0.0, "discriminator_learning_rate": 4e-5}
+AFTER_TRAJECTORY = {"start": "trajectory", "learning_rate": 1e-5}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     # methods, all from the teacher
     "trajectory": {"method": ["trajectory"], "learning_rate": 2e-4},
     "ladd": LADD,
-    "dmd2": {"method": ["dmd2"], **ADVERSARY},
-    "dmd2 + ladd": {"method": ["dmd2", "ladd"], "method_weights": [1.0, 0.1], **ADVERSARY},
-    "trajectory + 0.01 ladd": {
-        **LADD,
-        "method": ["trajectory", "ladd"],
-        "method_weights": [1.0, 0.01],
-        "learning_rate": 1e-4,
-        "discriminator_steps_per_generator": 1,
-    },
-    # from the student of `trajectory`
+    "dmd2": DMD2,
+    "dmd2 + 0.1 ladd": {**LADD, "method": ["dmd2", "ladd"], "method_weights": [1.0, 0.1]},
+    "trajectory + 0.01 ladd": {**LADD, "method": ["trajectory", "ladd"], "method_weights": [1.0, 0.01]},
+    # from the student of `trajectory`, with a budget of their own
     "ladd after trajectory": {**LADD, **AFTER_TRAJECTORY},
-    "dmd2 after trajectory": {"method": ["dmd2"], **ADVERSARY, **AFTER_TRAJECTORY},
+    "dmd2 after trajectory": {**DMD2, **AFTER_TRAJECTORY},
     # the grid
     "trajectory, grid with the idle step": {"method": ["trajectory"], "learning_rate": 2e-4, "shift_terminal": 0},
     # ladd's parts
+    "ladd, no mismatched prompts": {**LADD, "mismatch_fraction": 0.0},
     "ladd, real pictures": {**LADD, "real": True},
-    "ladd, heads on the last block": {**LADD, "head_blocks": [5]},
+    "ladd, a head on the last block alone": {**LADD, "head_blocks": [5]},
     "ladd, renoise sampler": {**LADD, "sampler": "renoise"},
 }
 
