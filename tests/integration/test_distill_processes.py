@@ -9,7 +9,7 @@ import torch
 from prx_post.engine.checkpointing import open_checkpoint
 from tests.distilling import arguments
 from tests.faults import differences, numbers
-from tests.processes import run
+from tests.processes import Processes, run
 
 PROMPTS = ["472", "eighty-one", "trois cent six", "neunhundertfünf", "12", "77", "five hundred"]
 MODES = ["ddp", "zero1", "zero2"]
@@ -136,3 +136,13 @@ def test_evaluations_in_two_processes_are_those_of_one(prompts_file, tmp_path):
     ours, theirs = ([json.loads(line) for line in lines] for lines in texts)
     assert ours[0] == theirs[0]  # before any step
     assert ours[1]["eval/judge_graded/4_steps"] == pytest.approx(theirs[1]["eval/judge_graded/4_steps"], rel=1e-2)
+
+
+def test_a_stop_is_said_once_and_saved_by_both_processes(prompts_file, tmp_path):
+    changes = {"max_discriminator_accuracy": 0.01, "saturation_patience": 2, "save_steps": 0}
+    ranks = Processes(2, call("ddp", prompts_file, tmp_path / "cache", tmp_path / "run", **changes)).wait()
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    errors = [line for rank in ranks for line in rank.output.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert "the discriminator told real from fake" in errors[0]
+    open_checkpoint(tmp_path / "run" / "checkpoint-000003").verify()
