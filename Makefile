@@ -30,10 +30,11 @@ demo: .venv/installed
 	.venv/bin/prx-post eval --config configs/tiny/eval.yaml
 	@echo "open runs/demo/eval/report.html"
 
-# After the demo: its SFT checkpoint to 8 and 4 steps without guidance, and quality against network evaluations.
+# After the demo: its SFT checkpoint to 8, 4 and 2 steps without guidance, and quality against network evaluations.
 distill: .venv/installed
 	.venv/bin/prx-post distill --config configs/tiny/distill.yaml
 	.venv/bin/prx-post distill --config configs/tiny/distill-4.yaml
+	.venv/bin/prx-post distill --config configs/tiny/distill-2.yaml
 	.venv/bin/prx-post eval --config configs/tiny/eval-distill.yaml
 	@echo "open runs/demo/eval-distill/report.html"
 

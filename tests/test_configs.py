@@ -26,6 +26,7 @@ def test_there_are_configs():
         "tiny/eval.yaml",
         "tiny/distill.yaml",
         "tiny/distill-4.yaml",
+        "tiny/distill-2.yaml",
         "tiny/distill-ladd.yaml",
         "prx-512/distill.yaml",
         "prx-512/distill-dc-ae.yaml",
