@@ -115,7 +115,7 @@ def run_variant(options: argparse.Namespace, name: str) -> dict[str, Any]:
     rates = [line["images_per_second"] for line in _lines(trial / "metrics.jsonl")[1:]]
     steps = max(60, round(options.budget_s * statistics.mean(rates) / 64))
     evaluation = {
-        "eval_steps": max(1, steps // 4),
+        "eval_steps": steps,
         "eval_prompts_file": Path(options.data) / "prompts-validation.jsonl",
         "eval_num_prompts": 180,
         "eval_num_inference_steps": [8, 4, 2, 1],
