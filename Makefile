@@ -35,6 +35,7 @@ distill: .venv/installed
 	.venv/bin/prx-post distill --config configs/tiny/distill.yaml
 	.venv/bin/prx-post distill --config configs/tiny/distill-4.yaml
 	.venv/bin/prx-post distill --config configs/tiny/distill-2.yaml
+	.venv/bin/prx-post distill --config configs/tiny/distill-ladd.yaml
 	.venv/bin/prx-post eval --config configs/tiny/eval-distill.yaml
 	@echo "open runs/demo/eval-distill/report.html"
 

@@ -36,11 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trajectory": {"method": ["trajectory"], "learning_rate": 2e-4},
     "ladd": LADD,
     "dmd2": DMD2,
-    "dmd2 + 0.1 ladd": {**LADD, "method": ["dmd2", "ladd"], "method_weights": [1.0, 0.1]},
-    "trajectory + 0.01 ladd": {**LADD, "method": ["trajectory", "ladd"], "method_weights": [1.0, 0.01]},
     # from the student of `trajectory`, with a budget of their own
     "ladd after trajectory": {**LADD, **AFTER_TRAJECTORY},
-    "dmd2 after trajectory": {**DMD2, **AFTER_TRAJECTORY},
     # the grid
     "trajectory, grid with the idle step": {"method": ["trajectory"], "learning_rate": 2e-4, "shift_terminal": 0},
     # ladd's parts

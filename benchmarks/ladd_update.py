@@ -1,6 +1,6 @@
 """LADD's combined update against the alternating schedule: cost of a step, and quality at equal wall time.
 
-    python benchmarks/ladd_update.py cost [--model tiny] [--batch 32] [--rounds 7] [--steps 6]
+    python benchmarks/ladd_update.py cost [--model tiny] [--hidden_size 640] [--batch 32] [--rounds 7] [--steps 6]
     python benchmarks/ladd_update.py quality --teacher FOLDER --student FOLDER --prompts FILE --eval_prompts FILE
         --cache_dir FOLDER [--seconds 240] [--seeds 0 1]
 
@@ -14,13 +14,16 @@ students, of two steps, are then compared on held-out prompts.
 """
 
 import argparse
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import PRXTransformer2DModel
 from torch import nn
 
 from prx_post.data.cache import content_key
@@ -132,7 +135,23 @@ def sft_step(model: str) -> Step:
     return step
 
 
+def wider(hidden_size: int, folder: Path) -> str:
+    """The embedded pipeline with a transformer of random weights and another width, made in `folder`."""
+    tiny = open_pipeline("tiny")
+    shutil.copytree(tiny.path, folder)
+    heads = hidden_size // 32
+    torch.manual_seed(0)
+    config = {**tiny.configs["transformer"], "hidden_size": hidden_size, "num_heads": heads}
+    PRXTransformer2DModel.from_config(config).save_pretrained(folder / "transformer")
+    return str(folder)
+
+
 def cost(options: argparse.Namespace) -> None:
+    if options.hidden_size:
+        with tempfile.TemporaryDirectory() as name:
+            options.model = wider(options.hidden_size, Path(name) / "pipeline")
+            options.hidden_size = None
+            return cost(options)
     folder = open_pipeline(options.model)
     config = DistillConfig(output_dir="unused", method=["ladd"], learning_rate=1e-6, discriminator_learning_rate=1e-6)
     null = torch.randn(2, folder.configs["transformer"]["context_in_dim"])
@@ -237,6 +256,7 @@ def train_for(options: argparse.Namespace, schedule: Callable[..., Step], seed: 
 
 def arguments() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "--model", {"default": "tiny"}
+    yield "--hidden_size", {"type": int}
     yield "--batch", {"type": int, "default": 32}
     yield "--rounds", {"type": int, "default": 7}
     yield "--steps", {"type": int, "default": 6}
