@@ -168,7 +168,7 @@ class Trainer:
             "nonfinite_in_a_row": self._nonfinite_in_a_row,
             "grad_norm": None if math.isnan(window.grad_norm) else window.grad_norm,
             "ema_updates": self.ema.num_updates,
-            "window_counts": window.counts,
+            "window_counts": dict(window.counts),  # it is written while training goes on
             "window_images": window.images,
             "micro_batches_a_step": accumulation,
         }
