@@ -55,13 +55,15 @@ def runs(prompts_file, tmp_path_factory):
 def test_losses_and_gradient_norms_are_those_of_one_process(runs, mode):
     ours, theirs = numbers(runs(mode)), numbers(runs("one"))
     names = ["loss", "grad_norm", "discriminator_loss"]
-    names += [] if mode.startswith("zero") else ["grad_norm/student", "grad_norm/terms.ladd"]
+    names += [] if mode.startswith("zero") else ["grad_norm/terms.ladd"]
     for name in names:
         # the first steps alone: later ones start from weights that rounding has moved
         assert [line[name] for line in ours[:3]] == pytest.approx([line[name] for line in theirs[:3]], rel=1e-3), name
-    student = [line.get("grad_norm/student") for line in theirs]
-    assert student[0] == student[1] == 0  # the heads' warm-up, and their extra step
-    assert student[2] > 0
+    waits = [True, True, False]  # the heads' warm-up, and their extra step
+    assert ["grad_norm/student" not in line for line in theirs[:3]] == waits
+    assert theirs[2]["grad_norm/student"] > 0
+    if mode == "ddp":
+        assert ours[2]["grad_norm/student"] == pytest.approx(theirs[2]["grad_norm/student"], rel=1e-3)
 
 
 def second_moments(folder, step):
