@@ -118,6 +118,16 @@ def generate_images(
         yield from to_images(decode(latents))
 
 
+def grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Put pictures of one size in rows of `columns`, `gap` pixels apart."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), (200, 200, 200))
+    for i, image in enumerate(images):
+        sheet.paste(image, ((i % columns) * (width + gap), (i // columns) * (height + gap)))
+    return sheet
+
+
 @dataclass
 class DrawConfig:
     """How pictures are drawn, and where they go; `generate` and `eval` extend it."""

@@ -55,6 +55,16 @@ def picture_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory) -> Path:
+    """Seven prompts to distil on."""
+    from tests.distilling import PROMPTS
+
+    path = tmp_path_factory.mktemp("prompts") / "train.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="session")
 def warm_cache(tmp_path_factory) -> Path:
     """A cache folder that tests may share."""
     return tmp_path_factory.mktemp("cache")

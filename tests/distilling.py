@@ -13,6 +13,7 @@ from prx_post.model.heads import DiscriminatorHeads
 from prx_post.model.text import PromptCleaner, pad_embeddings
 from prx_post.tiny import BASE
 
+PROMPTS = ["472", "eighty-one", "trois cent six", "neunhundertfünf", "12", "77", "five hundred"]
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.3, 0.0])
 GUIDANCE = 3.0
 

@@ -20,7 +20,7 @@ from prx_post.distillation.config import DistillConfig
 from prx_post.evaluation.distances import diversity, frechet_distance
 from prx_post.evaluation.features import Encoder, encode, open_encoder
 from prx_post.evaluation.jobs import SEED_STRIDE, spread_over_groups
-from prx_post.generate import Sampler, generate_images
+from prx_post.generate import Sampler, generate_images, grid
 from prx_post.rewards.base import Reward, parse_specs
 
 PICTURES_A_PROMPT = 2
@@ -183,14 +183,10 @@ class StudentMonitor:
         partial.replace(self.output_dir / "best.safetensors")
         write_bytes(mark, (json.dumps({"step": step, "metric": metric, "value": value}) + "\n").encode())
 
-    def _save_sheet(self, step: int, columns: list[list[Image.Image]], rows: int = 8, gap: int = 2) -> None:
+    def _save_sheet(self, step: int, columns: list[list[Image.Image]], rows: int = 8) -> None:
         """A row a prompt: the teacher's picture, then the student's at each number of steps."""
-        width, height = columns[0][0].size
         shown = min(rows, len(self.prompts))
-        sheet = Image.new("RGB", (len(columns) * (width + gap), shown * (height + gap)), (200, 200, 200))
-        for x, images in enumerate(columns):
-            for y in range(shown):
-                sheet.paste(images[y], (x * (width + gap), y * (height + gap)))
+        sheet = grid([images[row] for row in range(shown) for images in columns], len(columns))
         folder = self.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"eval-{step:06d}.png")

@@ -15,8 +15,8 @@ from prx_post.data.files import write_jsonl
 from prx_post.data.readers import DataError, PictureRows
 from prx_post.data.source import BatchSource, DrawPlan
 from prx_post.engine.run import Run
-from prx_post.engine.tracking import RunLog, grid
-from prx_post.generate import Sampler, generate_images
+from prx_post.engine.tracking import RunLog
+from prx_post.generate import Sampler, generate_images, grid
 from prx_post.model import lora
 from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import PipelineFolder, emit, load

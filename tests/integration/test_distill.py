@@ -1,6 +1,5 @@
 """`prx-post distill` on the embedded base, a few steps at a time."""
 
-import dataclasses
 import json
 import shutil
 
@@ -9,31 +8,18 @@ import torch
 from diffusers import PRXPipeline
 from safetensors.torch import load_file
 
-from prx_post.config import ConfigError, PrxPostError
 from prx_post.distillation import monitor
-from prx_post.distillation.pipelines import check_fit, student_scheduler
+from prx_post.distillation.pipelines import student_scheduler
 from prx_post.engine.checkpointing import open_checkpoint
 from prx_post.flow import inference_sigmas, seeded_noise
-from prx_post.model.checkpoint import PipelineFolder, open_pipeline
+from prx_post.model.checkpoint import open_pipeline
 from prx_post.stages.distill import train
-from tests.distilling import settings
-
-PROMPTS = ["472", "eighty-one", "trois cent six", "neunhundertfünf", "12", "77", "five hundred"]
-
-
-@pytest.fixture(scope="module")
-def prompts_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "train.jsonl"
-    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
-    return path
+from tests.distilling import PROMPTS, settings
+from tests.faults import weights
 
 
 def metrics(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(run) -> dict[str, torch.Tensor]:
-    return load_file(run / "final" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 class Recorder:
@@ -303,73 +289,6 @@ def test_the_dc_ae_variant_is_distilled_as_well(prompts_file, dc_ae_pipeline, tm
     assert draw(pipe, 4).shape == (1, 8, 8, 16)
 
 
-def no_models(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    for name in ("load_text_encoder", "load_vae", "load_transformer"):
-        monkeypatch.setattr(PipelineFolder, name, refuse)
-
-
-def test_what_does_not_fit_is_said_before_a_model_loads(prompts_file, dc_ae_pipeline, tmp_path, monkeypatch):
-    no_models(monkeypatch)
-    (tmp_path / "empty.jsonl").write_text("")
-    for changes, message in (
-        ({"teacher_model_name_or_path": str(dc_ae_pipeline)}, "transformer with .* the teacher must understand"),
-        ({"method": ["ladd"], "head_blocks": [6]}, r"head_blocks is \[6\], but must be below 6"),
-        ({"prompts_file": str(tmp_path / "none.jsonl")}, "prompts_file is .* there is no such file"),
-        ({"prompts_file": str(tmp_path / "empty.jsonl")}, "has no prompts"),
-        ({"width": 60}, "width is 60, but must be a multiple of 8"),
-        ({"eval_steps": 2, "eval_prompts_file": "nowhere"}, "eval_prompts_file is 'nowhere'"),
-    ):
-        with pytest.raises(PrxPostError, match=message):
-            train(
-                *settings(**{"prompts": prompts_file, "cache_dir": tmp_path, "output_dir": tmp_path / "run"} | changes)
-            )
-        assert not (tmp_path / "run").exists()
-
-
-def test_teacher_and_student_of_different_vaes_do_not_fit():
-    tiny = open_pipeline("tiny")
-    other = dataclasses.replace(tiny, configs={**tiny.configs, "vae": {**tiny.configs["vae"], "scaling_factor": 9.0}})
-    with pytest.raises(PrxPostError, match="vae with scaling_factor"):
-        check_fit(tiny, other)
-
-
-def test_defaults_that_a_file_leaves_out_are_no_difference():
-    """As between checkpoints that were saved by an older and a newer diffusers."""
-    tiny = open_pipeline("tiny")
-    shorter = {k: v for k, v in tiny.configs["transformer"].items() if k not in ("resolution_embeds", "theta")}
-    check_fit(tiny, dataclasses.replace(tiny, configs={**tiny.configs, "transformer": shorter}))
-    changed = dataclasses.replace(tiny, configs={**tiny.configs, "transformer": {**shorter, "theta": 5}})
-    with pytest.raises(PrxPostError, match="transformer with theta 10000, but the teacher tiny has 5"):
-        check_fit(tiny, changed)
-
-
-def test_a_teacher_with_another_text_encoder_is_refused(prompts_file, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(open_pipeline("tiny").path, other)
-    file = other / "tokenizer" / "tokenizer_config.json"
-    file.write_text(file.read_text() + "\n")
-    changes = {"teacher_model_name_or_path": str(other)}
-    with pytest.raises(PrxPostError, match="has another tokenizer than the teacher"):
-        train(*settings(prompts_file, tmp_path / "cache", tmp_path / "run", **changes))
-    assert not (tmp_path / "cache" / "teacher-latents").exists()
-
-
-def test_a_share_of_real_pictures_that_no_batch_can_hold_is_an_error(prompts_file, picture_folder, tmp_path):
-    changes = {"real_fraction": 0.1, "dataset_name": str(picture_folder)}
-    with pytest.raises(ConfigError, match="real_fraction is 0.1, but must be enough .* a step takes 4 samples"):
-        train(*settings(prompts_file, tmp_path / "cache", tmp_path / "run", **changes))
-
-
-def test_a_misspelt_folder_of_real_pictures_is_found_before_anything_is_made(prompts_file, tmp_path, monkeypatch):
-    no_models(monkeypatch)
-    changes = {"real_fraction": 0.5, "dataset_name": "./nothing"}
-    with pytest.raises(PrxPostError, match="dataset_name is './nothing'"):
-        train(*settings(prompts_file, tmp_path / "cache", tmp_path / "run", **changes))
-
-
 def test_heads_begin_with_the_statistics_of_the_teachers_latents(prompts_file, warm_cache, tmp_path, monkeypatch):
     from prx_post.distillation.objective import AdversarialTerm
 
@@ -385,27 +304,3 @@ def test_heads_begin_with_the_statistics_of_the_teachers_latents(prompts_file, w
     for mean, std in seen[0]:
         assert mean.abs().max() > 0.1
         assert (std - 1).abs().max() > 0.1
-
-
-def test_a_scheduler_that_cannot_give_the_steps_is_an_error(tmp_path):
-    folder = tmp_path / "pipeline"
-    shutil.copytree(open_pipeline("tiny").path, folder)
-    file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "use_dynamic_shifting": True}))
-    config = settings(tmp_path, tmp_path, tmp_path)[2]
-    with pytest.raises(ConfigError, match="num_inference_steps is 4, but the teacher's scheduler cannot give it"):
-        student_scheduler(open_pipeline(str(folder)), config)
-
-
-def test_a_teacher_without_guidance_is_warned_about(prompts_file, warm_cache, tmp_path, capsys):
-    train(*settings(prompts_file, warm_cache, tmp_path / "run", teacher_guidance_scale=1.0, max_steps=1))
-    assert "warning: teacher_guidance_scale is 1" in capsys.readouterr().out
-
-
-def test_a_run_is_not_resumed_with_other_heads(prompts_file, warm_cache, tmp_path):
-    common = {"method": ["ladd"], "save_steps": 2, "max_steps": 2}
-    train(*settings(prompts_file, warm_cache, tmp_path / "run", head_blocks=[1], **common))
-    shutil.rmtree(tmp_path / "run" / "final")
-    changes = {**common, "head_blocks": [2], "resume_from_checkpoint": "latest", "max_steps": 3}
-    with pytest.raises(PrxPostError, match=r"head_blocks is \[2\], but must be \[1\]"):
-        train(*settings(prompts_file, warm_cache, tmp_path / "run", **changes))

@@ -11,7 +11,6 @@ from tests.distilling import arguments
 from tests.faults import differences, numbers
 from tests.processes import Processes, run
 
-PROMPTS = ["472", "eighty-one", "trois cent six", "neunhundertfünf", "12", "77", "five hundred"]
 MODES = ["ddp", "zero1", "zero2"]
 GAME = {
     "method": ["ladd", "trajectory"],
@@ -23,13 +22,6 @@ GAME = {
     # plain sums of gradients, so that a checkpoint's weights show them: no momentum, no division
     "adam_beta1": 0.0,
 }
-
-
-@pytest.fixture(scope="module")
-def prompts_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("prompts") / "train.jsonl"
-    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
-    return path
 
 
 def call(mode, prompts_file, cache, output_dir, **changes):
