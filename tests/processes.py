@@ -1,5 +1,10 @@
-"""Runs of several processes, as a launcher would start them; none outlives its test."""
+"""The command line in processes of its own, one or several ranks; none outlives its test.
 
+Children are forked from a server that has imported everything already: a tenth of a second each, where a new
+interpreter takes seconds.
+"""
+
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,6 +15,69 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(
+    ["tests.preloaded", "prx_post.stages.sft", "prx_post.stages.distill", "tests.processes", "tests.faults"]
+)
+# Of the runs' own settings a child sees what its test gives it: pytest's process may have met others already.
+LAUNCHERS_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _run_cli(args: list[str], log: Path, env: dict[str, str], prepare: Callable[[], None] | None) -> None:
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    for name in LAUNCHERS_OWN:
+        os.environ.pop(name, None)
+    os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env})
+    import torch
+
+    from prx_post import cli
+
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    sys.argv = ["prx-post", *args]
+    cli.entry_point()
+
+
+class Child:
+    """`prx-post <args>` in a session of its own, with one thread; what it prints goes to `log`.
+
+    Args:
+        prepare: called in the child before the command; must pickle.
+    """
+
+    def __init__(
+        self, args: list[object], log: Path, prepare: Callable[[], None] | None = None, **env: str
+    ) -> None:
+        self.log = log
+        self._process = FORK.Process(target=_run_cli, args=([*map(str, args)], log, env, prepare))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Negative: the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("prx-post", timeout or 0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
 
 
 @dataclass
@@ -38,7 +106,7 @@ class Processes:
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(count)} for r in range(count)]
         self.ranks = [
-            start(args(i) if callable(args) else args, self.logs[i], **(shared | ranks[i] if count > 1 else {}), **env)
+            Child(args(i) if callable(args) else args, self.logs[i], **(shared | ranks[i] if count > 1 else {}), **env)
             for i in range(count)
         ]
 
@@ -46,28 +114,13 @@ class Processes:
         """Until all have ended. Raises TimeoutError, with their output, after killing them."""
         deadline = time.monotonic() + timeout_s
         try:
-            for process in self.ranks:
-                process.wait(max(0.1, deadline - time.monotonic()))
+            codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in self.ranks]
         except subprocess.TimeoutExpired as error:
             raise TimeoutError("\n".join(log.read_text()[-3000:] for log in self.logs)) from error
         finally:
             for process in self.ranks:
                 kill_group(process)
-        return [Finished(p.returncode, log.read_text()) for p, log in zip(self.ranks, self.logs, strict=True)]
-
-
-def start(args: list[object], log: Path, **env: str) -> subprocess.Popen:
-    """`prx-post <args>` in a session of its own, with one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
-    with log.open("w") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "prx_post.cli", *map(str, args)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+        return [Finished(code, log.read_text()) for code, log in zip(codes, self.logs, strict=True)]
 
 
 def wait_for(path: Path, timeout_s: float = 200) -> None:
@@ -78,7 +131,8 @@ def wait_for(path: Path, timeout_s: float = 200) -> None:
         time.sleep(0.05)
 
 
-def kill_group(process: subprocess.Popen) -> None:
+def kill_group(process: Child) -> None:
+    """The process and whatever it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -15,7 +15,7 @@ from prx_post.config import ConfigError
 from prx_post.engine.checkpointing import checkpoints, open_checkpoint
 from prx_post.engine.launch import split_flags
 from tests.faults import differences, numbers, sft_arguments, weights
-from tests.processes import Processes, free_port, kill_group, run, start, wait_for
+from tests.processes import Child, Processes, free_port, kill_group, run, wait_for
 
 MODES = ["ddp", "zero1", "zero2", "zero3", "zero2_offload"]
 NEEDS_A_COMPILER = pytest.mark.skipif(
@@ -179,7 +179,7 @@ def test_a_signal_to_the_launcher_reaches_the_processes_which_save(picture_folde
     """SIGUSR1, which torchrun by itself would die of, leaving the processes behind."""
     changes = {"max_steps": 100000, "save_steps": 0}
     plain = arguments("ddp", picture_folder, tmp_path / "cache", tmp_path / "run", **changes)
-    launcher = start([*plain, "--num_processes", 2, "--main_process_port", free_port()], tmp_path / "log")
+    launcher = Child([*plain, "--num_processes", 2, "--main_process_port", free_port()], tmp_path / "log")
     try:
         wait_for(tmp_path / "run" / "metrics.jsonl")
         launcher.send_signal(signal.SIGUSR1)
