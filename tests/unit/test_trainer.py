@@ -1,0 +1,98 @@
+"""The training loop on two weights, whose gradients the batches state; numbers worked out by hand.
+
+Adam has no memory here and an offset of 1, so that a weight moves by rate · g / (|g| + 1).
+"""
+
+import math
+
+import pytest
+import torch
+
+from prx_post.config import PrxPostError
+from prx_post.engine.checkpointing import checkpoints, open_checkpoint
+from tests.training import config, lines, trainer, weights
+
+
+def test_a_step_follows_the_gradient_of_each_weight(tmp_path):
+    """1 - 0.1 · 3/4 = 0.925 and 1 - 0.1 · 4/5 = 0.92."""
+    trained = trainer(config(tmp_path, 1), [[(3.0, 4.0)]])
+    trained.fit()
+    assert weights(trained) == pytest.approx((0.925, 0.92))
+    (line,) = lines(tmp_path)
+    assert line["loss"] == pytest.approx(7.0)  # 3 · 1 + 4 · 1
+    assert line["grad_norm"] == pytest.approx(5.0)
+
+
+def test_gradients_are_clipped_together_by_their_common_norm(tmp_path):
+    """The norm of (3, 4) is 5; at most 1 makes it (0.6, 0.8): 1 - 0.1 · 0.6/1.6 = 0.9625, 1 - 0.1 · 0.8/1.8."""
+    trained = trainer(config(tmp_path, 1, max_grad_norm=1.0), [[(3.0, 4.0)]])
+    trained.fit()
+    assert weights(trained) == pytest.approx((0.9625, 1 - 0.08 / 1.8), rel=1e-5)
+    assert lines(tmp_path)[0]["grad_norm"] == pytest.approx(5.0)  # as it was before
+
+
+def test_accumulated_micro_batches_count_as_their_mean(tmp_path):
+    """(2 + 4) / 2 = 3 and (3 + 5) / 2 = 4: the first test's gradients."""
+    trained = trainer(config(tmp_path, 1, gradient_accumulation_steps=2), [[(2.0, 3.0), (4.0, 5.0)]])
+    trained.fit()
+    assert weights(trained) == pytest.approx((0.925, 0.92))
+
+
+def test_groups_have_rates_of_their_own(tmp_path):
+    """The head at 0.2: 1 - 0.2 · 4/5 = 0.84."""
+    trained = trainer(config(tmp_path, 1, head_rate=0.2), [[(3.0, 4.0)]])
+    trained.fit()
+    assert weights(trained) == pytest.approx((0.925, 0.84))
+
+
+def test_a_group_that_does_not_learn_in_a_step_keeps_its_weights_and_moments(tmp_path):
+    """The head learns in every second step only: one step of it, two of the policy."""
+    settings = config(tmp_path, 2, head_rate=0.2, head_learns_every=2, adam_beta1=0.5, save_steps=1)
+    trained = trainer(settings, [[(3.0, 4.0)], [(3.0, 4.0)]])
+    trained.fit()
+    # with beta1 0.5 and a constant gradient the corrected first moment is the gradient itself
+    assert weights(trained) == pytest.approx((1 - 2 * 0.075, 0.84))
+    first, second = (open_checkpoint(folder).tensors() for folder in checkpoints(tmp_path))
+    assert "optimizer/head.w/exp_avg" not in first
+    assert second["optimizer/head.w/exp_avg"].item() == pytest.approx(2.0)  # 0.5 · 0 + 0.5 · 4
+
+
+def test_the_average_is_taken_after_the_step_with_a_warmed_up_decay(tmp_path):
+    """First update: decay min(0.9, 2/11), so 2/11 · 1 + 9/11 · 0.925; and of the policy alone."""
+    trained = trainer(config(tmp_path, 1, ema_decay=0.9), [[(3.0, 4.0)]])
+    trained.fit()
+    emitted = trained.averaged_weights()
+    assert list(emitted) == ["transformer.w"]
+    assert emitted["transformer.w"].item() == pytest.approx(2 / 11 + 9 / 11 * 0.925)
+
+
+def test_a_step_that_is_not_finite_is_skipped_whole(tmp_path):
+    trained = trainer(config(tmp_path, 3, ema_decay=0.9), [[(3.0, 4.0)], [(math.nan, 4.0)], [(3.0, 4.0)]])
+    trained.fit()
+    assert trained.step == 3
+    assert weights(trained) == pytest.approx((0.85, 0.84))  # two steps of 0.075 and of 0.08
+    assert trained.ema.num_updates == 2
+    (skipped,) = lines(tmp_path, "nonfinite.jsonl")
+    assert skipped == {"step": 2, "rank": 0, "loss": "nan", "rows": [10], "seeds": [1]}
+    assert [line["loss"] for line in lines(tmp_path)] == [pytest.approx(7.0), None, pytest.approx(3 * 0.925 + 4 * 0.92)]
+
+
+def test_too_many_such_steps_in_a_row_end_the_run(tmp_path):
+    trained = trainer(config(tmp_path, 5, max_nonfinite_steps=2), [[(math.inf, 0.0)]] * 5)
+    with pytest.raises(PrxPostError, match="not finite for 2 steps in a row"):
+        trained.fit()
+    assert trained.step == 2
+    assert weights(trained) == (1.0, 1.0)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    steps = [[(3.0 - i, 4.0 + i)] for i in range(4)]
+    changes = {"ema_decay": 0.9, "adam_beta1": 0.5, "adam_beta2": 0.9, "save_steps": 2, "logging_steps": 3}
+    whole = trainer(config(tmp_path / "run", 4, **changes), steps)
+    whole.fit()
+    again = trainer(config(tmp_path / "run", 4, **changes), steps)
+    again.resume(open_checkpoint(checkpoints(tmp_path / "run")[0]))
+    assert again.step == 2
+    again.fit()
+    assert weights(again) == weights(whole)
+    assert torch.equal(again.averaged_weights()["transformer.w"], whole.averaged_weights()["transformer.w"])
