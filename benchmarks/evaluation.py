@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-from prx_post.data.shard import Shard
+from prx_post.base.ranks import Ranks
 from prx_post.evaluation.config import EvalConfig
 from prx_post.evaluation.jobs import Job, read_jobs
 from prx_post.evaluation.metrics import paired_difference
@@ -74,8 +74,8 @@ def intervals(folder: Path, checkpoint: str | None, seeds: int, trials: int) -> 
     jobs = read_jobs(config)
     galleries = galleries_of(config)
     for gallery in galleries:
-        draw(gallery, jobs, config, Shard())
-    scores = score(galleries, jobs, *open_rewards(config, jobs), Path(str(config.output_dir)), Shard())
+        draw(gallery, jobs, config, Ranks())
+    scores = score(galleries, jobs, *open_rewards(config, jobs), Path(str(config.output_dir)), Ranks())
     clusters = [job.cluster for job in sorted(jobs, key=lambda job: job.index) if job.seed == 0]
     rng = np.random.default_rng(0)
     rows = np.arange(len(clusters))
@@ -133,7 +133,7 @@ def speed(root: Path, rounds: int, pictures: int) -> None:
         config = settings(folder, ["base=tiny"], 1, pictures, 30)
         jobs = read_jobs(config)
         (gallery,) = galleries_of(config)
-        draw(gallery, jobs, config, Shard())
+        draw(gallery, jobs, config, Ranks())
         timing = gallery.timing()
         assert timing is not None
         batched.append(timing["images_per_second"])

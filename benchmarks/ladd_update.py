@@ -28,16 +28,17 @@ from torch import nn
 
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import Encoders
-from prx_post.data.source import Batch, BatchSource, MixedPlan
+from prx_post.data.source import BatchSource, MixedPlan
 from prx_post.distillation.config import DistillConfig, TeacherConfig
 from prx_post.distillation.monitor import StudentMonitor, open_eval_rewards, read_eval_prompts
 from prx_post.distillation.objective import DistillationObjective, Teacher
 from prx_post.distillation.pipelines import student_scheduler
 from prx_post.distillation.teacher import read_training_prompts, teacher_latents
 from prx_post.engine.ema import EMA
-from prx_post.generate import Sampler
+from prx_post.engine.protocols import Batch
 from prx_post.model.checkpoint import load, open_pipeline
 from prx_post.model.heads import DiscriminatorHeads, check_blocks
+from prx_post.model.sampler import Sampler
 from prx_post.model.text import PromptCleaner
 from prx_post.objectives import ladd
 from prx_post.stages.sft import FlowMatchingObjective, SFTConfig
@@ -231,9 +232,9 @@ def train_for(options: argparse.Namespace, schedule: Callable[..., Step], seed: 
     shape = folder.latent_shape(32, 64)
     frozen = load(options.teacher)
     sampler = Sampler(frozen.transformer.eval(), frozen.scheduler, 28, 4.0, shape, CPU, folder.max_prompt_tokens)
-    from prx_post.data.shard import Shard
+    from prx_post.base.ranks import Ranks
 
-    samples, cache = teacher_latents(teacher, prompts, encoders, (32, 64), lambda: sampler, Shard(), held_out)
+    samples, cache = teacher_latents(teacher, prompts, encoders, (32, 64), lambda: sampler, Ranks(), held_out)
     model = build_objective(options.student, options.teacher, cache.embeddings[content_key("")], config)
     plan = MixedPlan(len(samples), 0, 0.0, 64, seed, config.max_steps)
     source = BatchSource(samples, None, cache, encoders, plan, micro_batch_size=64, num_steps=config.max_steps)

@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prx_post.rewards.base import Reward, load
+from prx_post.rewards.registry import load
+from prx_post.rewards.reward import Reward
 from prx_post.tiny.pictures import write_number
 
 BATCH = 16

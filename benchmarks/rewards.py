@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from prx_post.rewards import base
+from prx_post.rewards import registry as base
 from tests.scorer_checkpoints import CHECKPOINTS, Size
 
 SIZE = Size(image=224, layers=4, times=4)

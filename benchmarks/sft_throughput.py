@@ -23,9 +23,10 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from prx_post.config import DataConfig, ModelConfig
+from prx_post.data.config import DataConfig
 from prx_post.data.readers import read_rows
 from prx_post.model.checkpoint import open_pipeline
+from prx_post.model.config import ModelConfig
 from prx_post.stages.sft import FlowMatchingObjective, SFTConfig, train
 
 HEIGHT, WIDTH = 32, 64
@@ -133,9 +134,10 @@ def main() -> None:
     options = parser.parse_args()
     import numpy as np
 
+    from prx_post.rewards.scorers.numbers import caption
     from prx_post.tiny.datasets import CaptionedPicture, write_folder
     from prx_post.tiny.pictures import write_number
-    from prx_post.tiny.world import caption, split_of_numbers
+    from prx_post.tiny.world import split_of_numbers
 
     rng = np.random.default_rng(0)
     numbers = [int(n) for n in rng.choice(split_of_numbers()["train"], size=1000)]

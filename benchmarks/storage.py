@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from prx_post.config import DataConfig
 from prx_post.data.buckets import Buckets
+from prx_post.data.config import DataConfig
 from prx_post.data.encoding import EncodedCache, Encoders, fill_cache, scan
 from prx_post.data.readers import read_rows
 from prx_post.engine.checkpointing import CheckpointWriter

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 
 from prx_post import __version__
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 
 COMMANDS = {
     "sft": ("prx_post.stages.sft", "supervised fine-tuning: full or LoRA, flow matching"),
@@ -15,8 +15,11 @@ COMMANDS = {
     "generate": ("prx_post.generate", "pictures from a checkpoint"),
     "eval": ("prx_post.evaluation.evaluate", "score checkpoints on the same prompts and seeds; JSON and HTML report"),
     "plan": ("prx_post.planning.plan", "what a stage would take, memory and disk, without training"),
-    "data": ("prx_post.data.recipes", "real data sets from recipes: Alchemist, preference pairs, own folders, prompts"),
-    "reward-serve": ("prx_post.rewards.server", "score pictures over HTTP, for runs on other GPUs or machines"),
+    "data": (
+        "prx_post.recipes.commands",
+        "real data sets from recipes: Alchemist, preference pairs, own folders, prompts",
+    ),
+    "reward-serve": ("prx_post.rewards.service.server", "score pictures over HTTP, for runs on other GPUs or machines"),
     "tiny": ("prx_post.tiny.commands", "the embedded world: `tiny data` writes its data sets, `tiny build` remakes it"),
 }
 

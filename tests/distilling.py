@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from prx_post.config import ModelConfig
 from prx_post.data.encoding import Encoders
 from prx_post.distillation.config import DistillConfig, TeacherConfig
 from prx_post.distillation.objective import DistillationObjective, Teacher
 from prx_post.model.checkpoint import load
+from prx_post.model.config import ModelConfig
 from prx_post.model.heads import DiscriminatorHeads
 from prx_post.model.text import PromptCleaner, pad_embeddings
 from prx_post.tiny import BASE

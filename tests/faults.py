@@ -56,13 +56,14 @@ class Limits:
 
 def _child(arguments: list[str], log: Path, limits: Limits) -> None:
     from prx_post import cli
+    from prx_post.base import files
     from prx_post.engine import checkpointing
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
-    flushes, flush = 0, checkpointing._flush
+    flushes, flush = 0, files.flush
 
     def counted(path: Path) -> None:
         nonlocal flushes
@@ -71,7 +72,7 @@ def _child(arguments: list[str], log: Path, limits: Limits) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         flush(path)
 
-    checkpointing._flush = counted
+    checkpointing.flush = files.flush = counted
     if limits.largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits.largest_file, limits.largest_file))
     code = cli.main(arguments)

@@ -121,10 +121,9 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> tuple[float, flo
 
 
 def main() -> None:
+    from prx_post.tiny.datasets import write_folder
     from tests.conftest import numbered_pictures
     from tests.distilling import PROMPTS
-
-    from prx_post.tiny.datasets import write_folder
 
     command, only = sys.argv[1], sys.argv[2:]
     with tempfile.TemporaryDirectory() as place:
@@ -137,7 +136,10 @@ def main() -> None:
             found = measure(name, *given)
             if command == "record":
                 known[name] = found
-                print(f"{name:28} {found['losses'][0]:.6f} ... {found['losses'][-1]:.6f}  {found['sha256'][:12]}", flush=True)
+                print(
+                    f"{name:28} {found['losses'][0]:.6f} ... {found['losses'][-1]:.6f}  {found['sha256'][:12]}",
+                    flush=True,
+                )
                 continue
             same = found["losses"] == known[name]["losses"] and found["sha256"] == known[name]["sha256"]
             loss, weights = compare(found, known[name])

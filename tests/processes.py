@@ -50,9 +50,7 @@ class Child:
         prepare: called in the child before the command; must pickle.
     """
 
-    def __init__(
-        self, args: list[object], log: Path, prepare: Callable[[], None] | None = None, **env: str
-    ) -> None:
+    def __init__(self, args: list[object], log: Path, prepare: Callable[[], None] | None = None, **env: str) -> None:
         self.log = log
         self._process = FORK.Process(target=_run_cli, args=([*map(str, args)], log, env, prepare))
         self._process.start()

@@ -16,10 +16,10 @@ import torch
 import urllib3
 from PIL import Image
 
-from prx_post.config import PrxPostError
-from prx_post.rewards.base import Reward
-from prx_post.rewards.client import Patience
-from prx_post.rewards.server import RewardServeConfig, make_server
+from prx_post.base.errors import PrxPostError
+from prx_post.rewards.reward import Reward
+from prx_post.rewards.service.client import Patience
+from prx_post.rewards.service.server import RewardServeConfig, make_server
 
 QUICK = Patience(tries=4, timeout_s=20.0)
 TOKEN = "a-token-of-the-tests"

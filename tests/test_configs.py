@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prx_post.config import DataConfig, ModelConfig
+from prx_post.base.parsing import parse
+from prx_post.data.config import DataConfig
 from prx_post.distillation.config import DistillConfig, TeacherConfig
 from prx_post.evaluation.evaluate import EvalConfig
-from prx_post.parsing import parse
+from prx_post.model.config import ModelConfig
 from prx_post.stages.sft import SFTConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.yaml"))

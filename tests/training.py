@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prx_post.config import TrainConfig
+from prx_post.engine.config import TrainConfig
 from prx_post.engine.processes import build_accelerator
 from prx_post.engine.run import Run
 from prx_post.engine.tracking import RunLog

@@ -1,6 +1,6 @@
 """Aspect buckets: at which height and width a picture is trained."""
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.model.checkpoint import PipelineFolder
 
 Size = tuple[int, int]

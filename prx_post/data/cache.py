@@ -10,7 +10,6 @@ is complete or absent; several processes may write at once.
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 import zlib
@@ -24,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from prx_post.config import PrxPostError, make_folder
-from prx_post.data.files import file_sha256
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import file_sha256, make_folder, replacing, write_json
 
 SHARD_BYTES = 256 * 2**20
 
@@ -88,16 +87,14 @@ class TensorCache:
                 self._write_shard(pending)
 
     def _write_shard(self, tensors: dict[str, Tensor]) -> None:
-        name = uuid.uuid4().hex
-        partial = self.folder / f".{name}.partial"
+        shard = self.folder / f"{uuid.uuid4().hex}.safetensors"
         try:
-            save_file(tensors, partial, metadata={key: checksum(tensor) for key, tensor in tensors.items()})
+            with replacing(shard) as partial:
+                save_file(tensors, partial, metadata={key: checksum(tensor) for key, tensor in tensors.items()})
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise PrxPostError(
                 f"{self.folder} cannot be written: {error}. Free some space, or set cache_dir."
             ) from error
-        shard = partial.rename(self.folder / f"{name}.safetensors")
         self._index(shard)
 
 
@@ -157,9 +154,7 @@ def fingerprint(cache_dir: Path, *folders: Path) -> str:
             digests.append(f"{folder.name}/{path.name}:{memo[memo_key]}")
     if len(memo) > known:
         make_folder(cache_dir)
-        partial = memo_path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(memo, indent=0))
-        partial.rename(memo_path)
+        write_json(memo_path, memo)
     return content_key("\n".join(digests))[:16]
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prx_post.config import DataConfig
+from prx_post.base.ranks import Ranks
 from prx_post.data.buckets import Buckets, Size
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
+from prx_post.data.config import DataConfig
 from prx_post.data.readers import PREPROCESSING, BadRow, DataError, PictureRows, decode, image_size, report_bad_rows
-from prx_post.data.shard import Shard
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.codec import LatentCodec, to_pixels
 from prx_post.model.text import PromptCleaner, PromptEncoder, tokenize
@@ -30,17 +30,17 @@ class Sample:
     prompt_key: str
 
 
-ALONE = Shard()
+ALONE = Ranks()
 EMPTY_CAPTION = "the caption is empty"
 LOST_CAPTION = "prompt cleaning leaves nothing of the caption; set skip_text_cleaning: true to keep it"
 
 
 def scan(
-    rows: PictureRows, buckets: Buckets, cleaner: PromptCleaner, decode_all: bool, shard: Shard = ALONE
+    rows: PictureRows, buckets: Buckets, cleaner: PromptCleaner, decode_all: bool, ranks: Ranks = ALONE
 ) -> tuple[list[Sample], list[BadRow]]:
     """Sort this process's rows into usable samples and bad rows, from captions and picture headers (or pictures)."""
     samples, bad = [], []
-    for row in tqdm(shard.of(range(len(rows))), desc="scanning", unit="row", leave=False, disable=shard.rank > 0):
+    for row in tqdm(ranks.share(range(len(rows))), desc="scanning", unit="row", leave=False, disable=ranks.rank > 0):
         prompt = rows.prompts[row] or ""
         if not cleaner(prompt):
             bad.append(BadRow(row, rows.name(row), LOST_CAPTION if prompt.strip() else EMPTY_CAPTION))
@@ -116,7 +116,7 @@ def fill_cache(
     rows: PictureRows,
     prompts: list[str],
     encoders: Encoders,
-    shard: Shard = ALONE,
+    ranks: Ranks = ALONE,
 ) -> list[BadRow]:
     """Encode this process's share of what the cache lacks of `samples` and of the extra `prompts`.
 
@@ -131,17 +131,17 @@ def fill_cache(
     check_free_space(
         cache.latents.folder, _bytes_needed(encoders, list(new_prompts.values()), list(new_images.values()))
     )
-    shard.wait()  # until every process has seen the same disk
+    ranks.wait()  # until every process has seen the same disk
     unreadable: dict[str, str] = {}
-    quiet = shard.rank > 0
+    quiet = ranks.rank > 0
 
     def embeddings() -> Iterator[tuple[str, Tensor]]:
-        items = shard.of(list(new_prompts.items()))
+        items = ranks.share(list(new_prompts.items()))
         for key, prompt in tqdm(items, desc="encoding prompts", unit="prompt", leave=False, disable=quiet):
             yield key, encoders.prompts(prompt)
 
     def latents() -> Iterator[tuple[str, Tensor]]:
-        items = shard.of(list(new_images.items()))
+        items = ranks.share(list(new_images.items()))
         for key, sample in tqdm(items, desc="encoding images", unit="image", leave=False, disable=quiet):
             try:
                 yield key, encoders.latents(rows.image_bytes(sample.row), sample.size)
@@ -174,7 +174,7 @@ def prepare(
     buckets: Buckets,
     bad_rows_path: Path,
     extra_prompts: Sequence[str] = (),
-    shard: Shard = ALONE,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[Sample], EncodedCache | None]:
     """Scan the rows and, unless `cache: none`, bring the cache up to date; every process does its share.
 
@@ -182,31 +182,31 @@ def prepare(
         DataError: too many rows are bad, or none is left; they are listed in `bad_rows_path`.
     """
     samples, bad = (
-        shard.gather(found) for found in scan(rows, buckets, encoders.cleaner, config.cache == "none", shard)
+        ranks.gather(found) for found in scan(rows, buckets, encoders.cleaner, config.cache == "none", ranks)
     )
     samples.sort(key=lambda sample: sample.row)
 
     def report() -> None:
         bad.sort(key=lambda bad_row: bad_row.row)
-        report_bad_rows(bad, len(rows), config.max_bad_fraction, bad_rows_path, is_main=shard.rank == 0)
+        report_bad_rows(bad, len(rows), config.max_bad_fraction, bad_rows_path, is_main=ranks.rank == 0)
 
     report()
     if config.cache == "none":
         return samples, None
     cache_dir = Path(config.cache_dir).expanduser()
     cache = EncodedCache.open(cache_dir, encoders.pipeline, encoders.text_dtype)
-    undecodable = shard.gather(fill_cache(cache, samples, rows, ["", *extra_prompts], encoders, shard))
+    undecodable = ranks.gather(fill_cache(cache, samples, rows, ["", *extra_prompts], encoders, ranks))
     if undecodable:
         bad += undecodable
         report()
         left_out = {bad_row.row for bad_row in undecodable}
         samples = [s for s in samples if s.row not in left_out]
-    if shard.world > 1:
+    if ranks.world > 1:
         cache = with_what_others_wrote(
             lambda: EncodedCache.open(cache_dir, encoders.pipeline, encoders.text_dtype),
             [s.image_key for s in samples],
             [s.prompt_key for s in samples],
-            shard,
+            ranks,
         )
     return samples, cache
 
@@ -215,7 +215,7 @@ def with_what_others_wrote(
     open_cache: Callable[[], EncodedCache],
     latents: Sequence[str],
     embeddings: Sequence[str],
-    shard: Shard,
+    ranks: Ranks,
     patience_s: float = 10.0,
 ) -> EncodedCache:
     """Open the cache again, after every process has written, and find these keys in it.
@@ -225,7 +225,7 @@ def with_what_others_wrote(
     Raises:
         DataError: on every process, if one of them does not see what another encoded.
     """
-    shard.wait()
+    ranks.wait()
     deadline = time.monotonic() + patience_s
     while True:
         cache = open_cache()
@@ -233,10 +233,10 @@ def with_what_others_wrote(
         if not missing or time.monotonic() > deadline:
             break
         time.sleep(1)
-    blind = shard.gather([shard.rank] if missing else [])
+    blind = ranks.gather([ranks.rank] if missing else [])
     if blind:
         raise DataError(
             f"cache_dir holds {cache.latents.folder}, but rank {blind[0]} does not see there what other processes "
             f"encoded. Choose a cache_dir on a disk that every machine sees."
-        ).raised_by_all(shard.rank == 0)
+        ).raised_by_all(ranks.rank == 0)
     return cache

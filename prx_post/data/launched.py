@@ -8,15 +8,15 @@ from typing import Any
 
 import torch.distributed
 
-from prx_post.config import PrxPostError
-from prx_post.data.shard import Shard
+from prx_post.base.errors import PrxPostError
+from prx_post.base.ranks import Ranks
 
 TIMEOUT = timedelta(hours=12)
 """Of waiting for another process, which may be scoring thousands of pictures with a large model."""
 
 
 @contextmanager
-def launched_shard() -> Iterator[Shard]:
+def launched_ranks() -> Iterator[Ranks]:
     """This process's share, by the environment of a launcher; alone without one. Objects travel over gloo, by pickle,
     between the processes of this run only.
 
@@ -25,7 +25,7 @@ def launched_shard() -> Iterator[Shard]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield Shard()
+        yield Ranks()
         return
     if "RANK" not in os.environ:
         raise PrxPostError(f"WORLD_SIZE is {world}, but RANK is not set. Start the processes with a launcher.")
@@ -36,5 +36,5 @@ def launched_shard() -> Iterator[Shard]:
         torch.distributed.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
-    yield Shard(int(os.environ["RANK"]), world, gather)
+    yield Ranks(int(os.environ["RANK"]), world, gather)
     torch.distributed.destroy_process_group()  # not after an error, whose report tells by it that processes had met

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prx_post.config import DataConfig
+from prx_post.data.config import DataConfig
 from prx_post.data.readers import DataError, PictureRows
 
 ENCODED, RAW_PIXELS = ("bytes", "jpeg", "png"), "pil"

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from prx_post.config import DataConfig, PrxPostError
+from prx_post.base.errors import PrxPostError
+from prx_post.data.config import DataConfig
 
 
 class DataError(PrxPostError):

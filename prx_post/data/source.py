@@ -9,17 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import EncodedCache, Encoders, Sample
 from prx_post.data.readers import PictureRows
+from prx_post.engine.protocols import Batch
 from prx_post.model.text import pad_embeddings
-
-Batch = dict[str, Any]
-"""latents [B, C, H, W], prompt_embeds [B, L, D], prompt_mask [B, L] bool, seeds and rows: lists of B ints; step: of the
-optimizer, counted from 0"""
 
 
 @dataclass(frozen=True)
@@ -198,7 +194,3 @@ class _Once:
 
     def __iter__(self) -> Iterator[list[Draw]]:
         return self._batches
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -5,22 +5,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from prx_post.config import (
-    ConfigError,
-    DataConfig,
-    TrainConfig,
-    check_types,
-    doc,
-    require,
-    require_fraction,
-    require_guidance,
-    require_not_negative,
-    require_one_of,
-    require_positive,
-)
-from prx_post.model.heads import ATTENTION_HEADS
-from prx_post.model.scheduler import SAMPLERS
-from prx_post.rewards.base import parse_specs
+from prx_post.base.errors import ConfigError
+from prx_post.base.settings import check_fields, doc, require, require_one_of
+from prx_post.data.config import DataConfig
+from prx_post.engine.config import TrainConfig
+from prx_post.model.config import ATTENTION_HEADS, SAMPLERS
+from prx_post.rewards.registry import parse_specs
 
 METHODS = ("trajectory", "ladd", "dmd2")
 NETWORK_OF = {"ladd": "terms.ladd.", "dmd2": "terms.dmd2."}
@@ -33,40 +23,42 @@ class TeacherConfig:
 
     teacher_model_name_or_path: str | None = doc("Folder or Hub id of the teacher; null: model_name_or_path.", None)
     teacher_model_revision: str | None = doc("Hub revision of the teacher.", None)
-    teacher_num_inference_steps: int = doc("Sampler steps of the teacher's latents.", 28)
-    teacher_guidance_scale: float = doc("The teacher's guidance, in its latents and wherever it is followed.", 5.0)
-    teacher_batch_size: int = doc("Latents that the teacher makes at a time.", 16)
+    teacher_num_inference_steps: int = doc("Sampler steps of the teacher's latents.", 28, above=0)
+    teacher_guidance_scale: float = doc(
+        "The teacher's guidance, in its latents and wherever it is followed.",
+        5.0,
+        at_least=1,
+        reason="the pipeline refuses less",
+    )
+    teacher_batch_size: int = doc("Latents that the teacher makes at a time.", 16, above=0)
     prompts_file: str | None = doc("Training prompts: JSON lines with a `prompt` each.", None)
-    latents_per_prompt: int = doc("Latents for each prompt, from different noise.", 1)
-    latents_seed: int = doc("Seed of the noise that the teacher's latents begin with.", 0)
-    height: int | None = doc("Height, pixels; null: the checkpoint's default_sample_size.", None)
-    width: int | None = doc("Width, pixels; null: the checkpoint's default_sample_size.", None)
+    latents_per_prompt: int = doc("Latents for each prompt, from different noise.", 1, above=0)
+    latents_seed: int = doc("Seed of the noise that the teacher's latents begin with.", 0, at_least=0)
+    height: int | None = doc("Height, pixels; null: the checkpoint's default_sample_size.", None, above=0)
+    width: int | None = doc("Width, pixels; null: the checkpoint's default_sample_size.", None, above=0)
     skip_text_cleaning: bool = doc("Only light prompt cleaning; use the same value at inference.", False)
     cache: str = doc("`disk`, and nothing else: latents and embeddings are read from the cache.", "disk")
     cache_dir: str = doc("Folder of the cache.", "~/.cache/prx-post")
-    real_fraction: float = doc("Share of each batch that are real pictures, of dataset_name, not the teacher's.", 0.0)
+    real_fraction: float = doc(
+        "Share of each batch that are real pictures, of dataset_name, not the teacher's.", 0.0, between=(0, 1)
+    )
     dataset_name: str | None = doc("Real pictures: an image folder, parquet, or a Hub id.", None)
     dataset_split: str = doc("Split to read.", "train")
     image_column: str = doc("Column with the pictures.", "image")
     prompt_column: str = doc("Column with the captions.", "prompt")
-    max_bad_fraction: float = doc("Stop when more than this share of the real rows cannot be used.", 0.01)
+    max_bad_fraction: float = doc(
+        "Stop when more than this share of the real rows cannot be used.", 0.01, between=(0, 1)
+    )
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
         reason, action = "the teacher makes a latent of each", "Set it to a file of prompts"
         require(bool(self.prompts_file), "prompts_file", self.prompts_file, "a file", reason, action)
-        require_positive(self, "teacher_num_inference_steps", "teacher_batch_size", "latents_per_prompt")
-        require_not_negative(self, "latents_seed")
-        require_guidance(self.teacher_guidance_scale)
-        require_fraction(self, "real_fraction", "max_bad_fraction")
         reason = "every step reads the teacher's latents and the prompts' embeddings, which are made once"
         require(self.cache == "disk", "cache", self.cache, "disk", reason, "Set it, or leave it out")
         has_pictures = self.dataset_name is not None
         reason, action = f"real_fraction is {self.real_fraction}", "Set both, or neither"
         require(has_pictures == (self.real_fraction > 0), "dataset_name", self.dataset_name, "set", reason, action)
-        for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                require_positive(self, name)
 
     def real_pictures(self, size: tuple[int, int]) -> DataConfig:
         """How the real pictures are read; `real_fraction` must be above 0."""
@@ -101,29 +93,39 @@ class DistillConfig(TrainConfig):
         "How often each noise level of the grid is trained, from noise to data; null: equally.", None
     )
     warmup_timestep_weights: list[float] | None = doc("The same during timestep_warmup_steps.", None)
-    timestep_warmup_steps: int = doc("Steps for which warmup_timestep_weights hold.", 0)
-    trajectory_teacher_steps: int = doc("Guided steps of the teacher that one step of the student follows.", 4)
-    velocity_weight: float = doc("Weight of the squared error to the teacher's guided velocity; 0: off.", 0.0)
+    timestep_warmup_steps: int = doc("Steps for which warmup_timestep_weights hold.", 0, at_least=0)
+    trajectory_teacher_steps: int = doc("Guided steps of the teacher that one step of the student follows.", 4, above=0)
+    velocity_weight: float = doc(
+        "Weight of the squared error to the teacher's guided velocity; 0: off.", 0.0, at_least=0
+    )
     head_blocks: list[int] | None = doc(
         "Teacher's blocks, counted from 0, whose tokens a discriminator head judges; null: the last of each quarter.",
         None,
     )
-    head_width: int = doc("Channels of a discriminator head.", 64)
-    discriminator_learning_rate: float = doc("Learning rate of the heads, or of DMD2's fake-score network.", 1e-4)
-    discriminator_warmup_steps: int = doc("Steps at the start in which those learn alone.", 0)
-    discriminator_steps_per_generator: int = doc("Steps of those for each step that the student learns in, too.", 1)
+    head_width: int = doc("Channels of a discriminator head.", 64, above=0)
+    discriminator_learning_rate: float = doc(
+        "Learning rate of the heads, or of DMD2's fake-score network.", 1e-4, above=0
+    )
+    discriminator_warmup_steps: int = doc("Steps at the start in which those learn alone.", 0, at_least=0)
+    discriminator_steps_per_generator: int = doc(
+        "Steps of those for each step that the student learns in, too.", 1, above=0
+    )
     renoise_mean: float = doc("Mean of the normal variable whose sigmoid is the noise level that is judged.", 1.0)
-    renoise_std: float = doc("Standard deviation of that variable.", 1.0)
+    renoise_std: float = doc("Standard deviation of that variable.", 1.0, above=0)
     mismatch_fraction: float = doc(
-        "Share of real latents under another prompt of the batch among the discriminator's fakes; 0: none.", 0.0
+        "Share of real latents under another prompt of the batch among the discriminator's fakes; 0: none.",
+        0.0,
+        between=(0, 1),
     )
     r1_weight: float = doc(
-        "Weight of the approximate R1 penalty on the squared slope (it is divided by r1_noise²); 0: off.", 0.0
+        "Weight of the approximate R1 penalty on the squared slope (it is divided by r1_noise²); 0: off.",
+        0.0,
+        at_least=0,
     )
-    r1_noise: float = doc("Standard deviation of that penalty's perturbation of real latents.", 0.05)
-    eval_steps: int = doc("Optimizer steps between two evaluations of the student's average; 0: none.", 0)
+    r1_noise: float = doc("Standard deviation of that penalty's perturbation of real latents.", 0.05, above=0)
+    eval_steps: int = doc("Optimizer steps between two evaluations of the student's average; 0: none.", 0, at_least=0)
     eval_prompts_file: str | None = doc("Held-out prompts for them: JSON lines with a `prompt` each.", None)
-    eval_num_prompts: int = doc("How many of those, spread evenly over the file; two pictures of each.", 64)
+    eval_num_prompts: int = doc("How many of those, spread evenly over the file; two pictures of each.", 64, above=0)
     eval_num_inference_steps: list[int] = doc("Numbers of steps at which the student is evaluated.", [8, 4, 2, 1])
     eval_rewards: list[str] = doc("Rewards of the evaluations, as in `eval`.", [])
     eval_encoder: str | None = doc(
@@ -132,9 +134,11 @@ class DistillConfig(TrainConfig):
     )
     load_best_model_at_end: bool = doc("Emit the best evaluated average, not the last.", False)
     metric_for_best_model: str | None = doc("A reward's name, or `fid`, at num_inference_steps.", None)
-    min_diversity: float = doc("Stop when diversity falls below this share of the teacher's.", 0.5)
-    max_discriminator_accuracy: float = doc("Stop when the discriminator is this accurate, 1: never ...", 0.98)
-    saturation_patience: int = doc("... for this many logged windows in a row.", 10)
+    min_diversity: float = doc("Stop when diversity falls below this share of the teacher's.", 0.5, between=(0, 1))
+    max_discriminator_accuracy: float = doc(
+        "Stop when the discriminator is this accurate, 1: never ...", 0.98, between=(0, 1)
+    )
+    saturation_patience: int = doc("... for this many logged windows in a row.", 10, above=0)
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str):
@@ -155,8 +159,6 @@ class DistillConfig(TrainConfig):
             rule, action = f"{count} numbers above 0", "Give one for each method, or leave it out"
             ok = len(weights) == count and all(0 < weight < math.inf for weight in weights)
             require(ok, "method_weights", weights, rule, f"method is {self.method}", action)
-        require_positive(self, "trajectory_teacher_steps")
-        require_not_negative(self, "velocity_weight")
         reason, action = (
             "a distilled student has guidance built in",
             "Leave it out; teacher_guidance_scale is what counts",
@@ -177,7 +179,6 @@ class DistillConfig(TrainConfig):
         reason = "trajectory teaches steps to the next level, and re-noising jumps to x0"
         ok = self.sampler == "euler" or "trajectory" not in self.method
         require(ok, "sampler", self.sampler, "euler with trajectory", reason, "Change one of them")
-        require_not_negative(self, "timestep_warmup_steps")
         for name in ("timestep_weights", "warmup_timestep_weights"):
             weights = getattr(self, name)
             if weights is not None:
@@ -189,10 +190,6 @@ class DistillConfig(TrainConfig):
         require(both, "timestep_warmup_steps", self.timestep_warmup_steps, "set with the weights", reason, action)
 
     def _check_adversary(self) -> None:
-        require_positive(self, "head_width", "discriminator_learning_rate", "discriminator_steps_per_generator")
-        require_positive(self, "renoise_std", "r1_noise", "saturation_patience")
-        require_not_negative(self, "discriminator_warmup_steps", "r1_weight")
-        require_fraction(self, "min_diversity", "max_discriminator_accuracy", "mismatch_fraction")
         value, action = self.head_width, f"Use {-(-self.head_width // ATTENTION_HEADS) * ATTENTION_HEADS}"
         rule, reason = (
             f"a multiple of {ATTENTION_HEADS}",
@@ -228,8 +225,6 @@ class DistillConfig(TrainConfig):
         require(not (offload and waits), "deepspeed", "an optimizer on the CPU", "zero1 or zero2", reason, "Change it")
 
     def _check_evaluation(self) -> None:
-        require_not_negative(self, "eval_steps")
-        require_positive(self, "eval_num_prompts")
         steps = self.eval_num_inference_steps
         rule, reason = "positive and different numbers, num_inference_steps among them", "the student is judged at it"
         ok = len(set(steps)) == len(steps) and all(n > 0 for n in steps) and self.num_inference_steps in steps

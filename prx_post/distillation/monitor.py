@@ -11,17 +11,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import json_line, replacing, write_json
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import EncodedCache, Encoders
-from prx_post.data.files import json_line, write_bytes
 from prx_post.data.prompts import read_prompt_rows
 from prx_post.distillation.config import DistillConfig
 from prx_post.evaluation.distances import diversity, frechet_distance
 from prx_post.evaluation.features import Encoder, encode, open_encoder
 from prx_post.evaluation.jobs import SEED_STRIDE, spread_over_groups
-from prx_post.generate import Sampler, generate_images, grid
-from prx_post.rewards.base import Reward, parse_specs
+from prx_post.model.sampler import Sampler, generate_images, grid
+from prx_post.rewards.registry import parse_specs
+from prx_post.rewards.reward import Reward
 
 PICTURES_A_PROMPT = 2
 
@@ -178,10 +179,9 @@ class StudentMonitor:
             return
         named = self.student.transformer.named_parameters()
         weights = {f"transformer.{name}": p.detach().cpu().contiguous() for name, p in named if p.requires_grad}
-        partial = self.output_dir / ".best.partial"
-        save_file(weights, partial)
-        partial.replace(self.output_dir / "best.safetensors")
-        write_bytes(mark, (json.dumps({"step": step, "metric": metric, "value": value}) + "\n").encode())
+        with replacing(self.output_dir / "best.safetensors") as partial:
+            save_file(weights, partial)
+        write_json(mark, {"step": step, "metric": metric, "value": value})
 
     def _save_sheet(self, step: int, columns: list[list[Image.Image]], rows: int = 8) -> None:
         """A row a prompt: the teacher's picture, then the student's at each number of steps."""

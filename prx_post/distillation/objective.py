@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prx_post.data.source import Batch
 from prx_post.distillation.config import DistillConfig
+from prx_post.engine.protocols import Batch
 from prx_post.flow import interpolate, sample_timesteps, velocity_target, x0_from_velocity
 from prx_post.model.denoiser import guided, predict_velocity
 from prx_post.model.heads import DiscriminatorHeads, block_tokens

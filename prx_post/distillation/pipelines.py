@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from prx_post.config import ConfigError, ModelConfig, PrxPostError
+from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.data.cache import fingerprint
 from prx_post.distillation.config import DistillConfig, TeacherConfig
 from prx_post.flow import inference_sigmas
 from prx_post.model import lora
 from prx_post.model.checkpoint import PipelineFolder, open_pipeline
+from prx_post.model.config import ModelConfig
 from prx_post.model.heads import check_blocks
 from prx_post.model.scheduler import rescheduled
 

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import write_bytes
+from prx_post.base.ranks import Ranks
 from prx_post.data.buckets import Buckets
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
 from prx_post.data.encoding import EncodedCache, Encoders, Sample, fill_cache, prepare, with_what_others_wrote
-from prx_post.data.files import write_bytes
 from prx_post.data.prompts import read_prompt_rows
 from prx_post.data.readers import PictureRows
-from prx_post.data.shard import Shard
 from prx_post.distillation.config import TeacherConfig
-from prx_post.generate import Sampler
 from prx_post.model.checkpoint import PipelineFolder
+from prx_post.model.sampler import Sampler
 from prx_post.model.text import PromptCleaner
 
 BATCHES_A_FILE = 16
@@ -93,7 +93,7 @@ def teacher_latents(
     encoders: Encoders,
     size: tuple[int, int],
     sampler: Any,
-    shard: Shard,
+    ranks: Ranks,
     extra_prompts: Sequence[str] = (),
 ) -> tuple[list[Sample], EncodedCache]:
     """Samples for training, made as far as they are missing, each process its share; embeddings too.
@@ -112,26 +112,26 @@ def teacher_latents(
         return EncodedCache(TensorCache(folder), EncodedCache.open(cache_dir, pipeline, encoders.text_dtype).embeddings)
 
     cache = open_cache()
-    if shard.rank == 0:
+    if ranks.rank == 0:
         text = json.dumps({"source": pipeline.source, **made_with}, indent=2)
         write_bytes(folder / "teacher.json", (text + "\n").encode())
     samples = [Sample(p.row, p.text, size, p.latent_key, p.key) for p in prompts]
     texts = list(dict.fromkeys(["", *extra_prompts, *(p.text for p in prompts)]))
     no_pictures: Any = None  # fill_cache reads rows of samples alone
-    fill_cache(cache, [], no_pictures, texts, encoders, shard)
+    fill_cache(cache, [], no_pictures, texts, encoders, ranks)
     keys = [content_key(encoders.cleaner(text)) for text in texts]
-    cache = with_what_others_wrote(open_cache, [], keys, shard)
+    cache = with_what_others_wrote(open_cache, [], keys, ranks)
     batch = config.teacher_batch_size
     batches = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     missing = [part for part in batches if any(p.latent_key not in cache.latents for p in part)]
     if missing:
         channels, height, width = pipeline.latent_shape(*size)
         check_free_space(cache.latents.folder, 4 * channels * height * width * batch * len(missing))
-    shard.wait()  # until every process has seen the same cache
-    own = shard.of(missing)
+    ranks.wait()  # until every process has seen the same cache
+    own = ranks.share(missing)
     if own:
-        _make(own, cache, sampler(), quiet=shard.rank > 0)
-    return samples, with_what_others_wrote(open_cache, [p.latent_key for p in prompts], keys, shard)
+        _make(own, cache, sampler(), quiet=ranks.rank > 0)
+    return samples, with_what_others_wrote(open_cache, [p.latent_key for p in prompts], keys, ranks)
 
 
 def _make(batches: Sequence[Sequence[Prompt]], cache: EncodedCache, sampler: Sampler, quiet: bool) -> None:
@@ -162,11 +162,11 @@ def with_real_pictures(
     encoders: Encoders,
     size: tuple[int, int],
     bad_rows_path: Path,
-    shard: Shard,
+    ranks: Ranks,
 ) -> tuple[list[Sample], EncodedCache]:
     """The teacher's samples followed by the real ones, and a cache of both."""
     data = config.real_pictures(size)
-    real, encoded = prepare(data, rows, encoders, Buckets(encoders.pipeline, *size), bad_rows_path, (), shard)
+    real, encoded = prepare(data, rows, encoders, Buckets(encoders.pipeline, *size), bad_rows_path, (), ranks)
     assert encoded is not None
     joined = JoinedCache(cache.latents, encoded.latents)
     return [*samples, *real], EncodedCache(joined, encoded.embeddings)

@@ -11,7 +11,6 @@ a collective: rank 0 waits for the others' files before it renames the folder, w
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import threading
@@ -27,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from prx_post.config import PrxPostError
-from prx_post.data.files import file_sha256
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import file_sha256, flush, write_json
 
 FORMAT = 2
 NAME = re.compile(r"checkpoint-(\d{6,})")
@@ -250,18 +249,18 @@ class CheckpointWriter:
         partial.mkdir(exist_ok=True)
         file = partial / _rank_file(self.rank)
         save_file(tensors, file)
-        _flush(file)
-        _write_json(partial / f"rank-{self.rank:05d}.json", {"bytes": file.stat().st_size, "sha256": file_sha256(file)})
+        flush(file)
+        write_json(partial / f"rank-{self.rank:05d}.json", {"bytes": file.stat().st_size, "sha256": file_sha256(file)})
 
     def _complete(self, partial: Path, info: dict[str, Any]) -> None:
         files = {_rank_file(rank): self._await_share(partial, rank) for rank in range(self.world_size)}
         info = {"format": FORMAT, **info, "world_size": self.world_size, "files": files}
-        _write_json(partial / "state.json", {**info, "sha256": _digest_of(info)})
+        write_json(partial / "state.json", {**info, "sha256": _digest_of(info)})
         for rank in range(self.world_size):
             (partial / f"rank-{rank:05d}.json").unlink()
-        _flush(partial)
+        flush(partial)
         partial.rename(self.output_dir / f"checkpoint-{info['step']:06d}")
-        _flush(self.output_dir)
+        flush(self.output_dir)
         for old in checkpoints(self.output_dir)[: -self.keep] if self.keep else []:
             _remove(old.rename(old.with_name(f".{old.name}.old")))
 
@@ -289,23 +288,6 @@ def _remove(folder: Path) -> None:
 
 def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Complete or absent."""
-    partial = path.with_suffix(".writing")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    _flush(partial)
-    partial.rename(path)
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest_of(info: dict[str, Any]) -> str:

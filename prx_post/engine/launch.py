@@ -11,7 +11,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from prx_post.config import ConfigError
+from prx_post.base.errors import ConfigError
 from prx_post.engine.processes import EXPECTED_PROCESSES
 from prx_post.engine.signals import StopRequested
 

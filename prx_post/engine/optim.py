@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from prx_post.config import TrainConfig
+from prx_post.engine.config import TrainConfig
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 

@@ -22,8 +22,9 @@ from accelerate.utils import (
 from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from prx_post.config import ConfigError, PrxPostError, TrainConfig, require_whole_matrices
-from prx_post.data.shard import Shard
+from prx_post.base.errors import ConfigError, PrxPostError
+from prx_post.base.ranks import Ranks
+from prx_post.engine.config import TrainConfig, require_whole_matrices
 
 Result = TypeVar("Result")
 
@@ -161,13 +162,13 @@ def autocast(config: TrainConfig, accelerator: Accelerator) -> AbstractContextMa
     return torch.autocast(accelerator.device.type, torch.bfloat16)
 
 
-def shard_of(accelerator: Accelerator) -> Shard:
+def ranks_of(accelerator: Accelerator) -> Ranks:
     """This process's share of work that is split by item."""
 
     def gather(items: list[Any]) -> list[Any]:
         return gather_object(items) if accelerator.num_processes > 1 else items
 
-    return Shard(accelerator.process_index, accelerator.num_processes, gather)
+    return Ranks(accelerator.process_index, accelerator.num_processes, gather)
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prx_post.config import PrxPostError, TrainConfig
+from prx_post.base.errors import PrxPostError
 from prx_post.engine.checkpointing import SavedState
+from prx_post.engine.config import TrainConfig
 from prx_post.engine.ema import EMA
 from prx_post.engine.partition import Partition, join, split
 

@@ -12,12 +12,13 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from prx_post.config import PrxPostError, TrainConfig, make_folder, require_empty
-from prx_post.data.shard import Shard
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import LOCK, FolderLock, make_folder, require_empty
+from prx_post.base.ranks import Ranks
 from prx_post.engine.checkpointing import LATEST, SavedState, checkpoints, open_checkpoint, select_checkpoint
-from prx_post.engine.processes import any_rank, build_accelerator, on_main, output_folder, shard_of
+from prx_post.engine.config import TrainConfig
+from prx_post.engine.processes import any_rank, build_accelerator, on_main, output_folder, ranks_of
 from prx_post.engine.resume import check_settings, keep_global_batch
-from prx_post.engine.signals import LOCK, FolderLock
 
 PEER_LOST = ("closed by peer", "reset by peer", "timed out", "broken pipe", "waiting for clients")
 """Words in torch's errors when another process is gone or does not answer."""
@@ -41,10 +42,10 @@ class Run:
     settings: dict[str, Any]
     saved: SavedState | None
     is_finished: bool
-    shard: Shard = field(init=False)
+    ranks: Ranks = field(init=False)
 
     def __post_init__(self) -> None:
-        self.shard = shard_of(self.accelerator)
+        self.ranks = ranks_of(self.accelerator)
 
     @property
     def final(self) -> Path:

@@ -1,16 +1,11 @@
-"""Signals that ask a run to stop, and the lock that keeps a second run out of its folder."""
+"""Signals that ask a run to stop."""
 
-import fcntl
-import os
 import signal
-import socket
-from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 
-LOCK = ".lock"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -43,30 +38,3 @@ class StopSignals:
         self.received = number
         if number == signal.SIGINT:
             signal.signal(number, self._before[signal.SIGINT])
-
-
-class FolderLock:
-    """An exclusive lock on a run's folder, which the system releases when the process ends, however it ends.
-
-    Raises:
-        PrxPostError: another process holds it; says which.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._file: TextIO = (folder / LOCK).open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip()
-            self._file.close()
-            raise PrxPostError(
-                f"output_dir is {str(folder)!r}, but another run writes there ({holder}). "
-                f"Wait for it, stop it, or choose another output_dir."
-            ) from error
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()

@@ -12,8 +12,9 @@ from accelerate.tracking import get_available_trackers
 from PIL import Image
 from tqdm import tqdm
 
-from prx_post.config import PrxPostError, TrainConfig
-from prx_post.data.files import write_jsonl
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import write_jsonl
+from prx_post.engine.config import TrainConfig
 from prx_post.engine.run import Run
 
 

@@ -11,17 +11,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from prx_post.config import PrxPostError, TrainConfig
-from prx_post.data.source import Batch, BatchSource, to_device
+from prx_post.base.errors import PrxPostError
 from prx_post.engine.checkpointing import CheckpointWriter, SavedState
+from prx_post.engine.config import TrainConfig
 from prx_post.engine.ema import EMA
+from prx_post.engine.metrics import Window
 from prx_post.engine.optim import build_optimizer, learning_rate_factor
 from prx_post.engine.partition import Partition, join
-from prx_post.engine.processes import any_rank, autocast, on_main, output_folder, shard_of, uses_deepspeed
+from prx_post.engine.processes import any_rank, autocast, on_main, output_folder, ranks_of, uses_deepspeed
+from prx_post.engine.protocols import Batch, to_device
 from prx_post.engine.resume import collect, restore, set_random_state
 from prx_post.engine.signals import StopRequested, StopSignals
 from prx_post.engine.tracking import RunLog
-from prx_post.engine.window import Window
 
 EMITTED = "transformer."
 """How the names of the weights begin that are averaged and emitted; an objective may train others besides."""
@@ -50,7 +51,7 @@ class Trainer:
         config: TrainConfig,
         accelerator: Accelerator,
         objective: nn.Module,
-        source: BatchSource,
+        source: Any,
         log: RunLog,
         sample: Callable[[int], None],
         identity: dict[str, Any],
@@ -246,7 +247,7 @@ class Trainer:
             {"step": self.step, "rank": rank, "loss": str(float(loss)), "rows": b["rows"], "seeds": b["seeds"]}
             for b, loss, _ in seen
         ]
-        lines = shard_of(self.accelerator).gather(lines)
+        lines = ranks_of(self.accelerator).gather(lines)
         path = output_folder(self.config) / "nonfinite.jsonl"
         if self.accelerator.is_main_process:
             with path.open("a") as file:

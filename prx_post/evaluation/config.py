@@ -7,20 +7,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from prx_post.config import (
-    ConfigError,
-    doc,
-    require,
-    require_guidance,
-    require_not_negative,
-    require_one_of,
-    require_positive,
-)
+from prx_post.base.errors import ConfigError
+from prx_post.base.settings import doc, require, require_one_of
 from prx_post.evaluation.features import NEEDS_REFERENCE, MetricSpec
-from prx_post.generate import DrawConfig
-from prx_post.model.checkpoint import DTYPES
-from prx_post.model.scheduler import SAMPLERS
-from prx_post.rewards.base import parse_specs
+from prx_post.model.config import DTYPE_NAMES, SAMPLERS, DrawConfig
+from prx_post.rewards.registry import parse_specs
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "num_inference_steps": int,
@@ -72,8 +63,9 @@ class CheckpointSpec:
             except ValueError as error:
                 raise ConfigError(f"{key} of checkpoint {name} is {value!r}, but must be a number.") from error
             spec = replace(spec, **changed)
-        require_guidance(spec.guidance_scale)
-        require_positive(spec, "num_inference_steps")
+        for field, least in (("guidance_scale", 1), ("num_inference_steps", 1)):
+            value = getattr(spec, field)
+            require(value >= least, field, value, f"{least} or more", "the pipeline refuses less", "Correct it")
         if spec.sampler is not None:
             require_one_of(f"sampler of checkpoint {name}", spec.sampler, SAMPLERS)
         last = spec.shift_terminal
@@ -103,12 +95,12 @@ class EvalConfig(DrawConfig):
         "`scene` (what prompts that are not independent share).",
         [],
     )
-    num_prompts: int | None = doc("Use this many prompts of each set, spread evenly over it; null: all.", None)
+    num_prompts: int | None = doc("Use this many prompts of each set, spread evenly over it; null: all.", None, above=0)
     rewards: list[str] = doc(
         "Scorers: names, `module.py:function`, or addresses of a reward server; `label=...` names one.",
         ["ocr_exact", "ocr_graded", "judge_exact", "judge_graded"],
     )
-    reward_batch_size: int = doc("Pictures that a scorer with a model takes at a time.", 16)
+    reward_batch_size: int = doc("Pictures that a scorer with a model takes at a time.", 16, above=0)
     reward_dtype: str = doc("Precision of the scorers' and encoders' models: `float32` or `bfloat16`.", "float32")
     metrics: list[str] = doc(
         "Of all pictures together: `fid`, `cmmd`, `dino_mmd` against reference_dir, and `diversity` within a prompt; "
@@ -117,8 +109,8 @@ class EvalConfig(DrawConfig):
         [],
     )
     reference_dir: str | None = doc("Real pictures, which fid, cmmd and dino_mmd compare with.", None)
-    long_prompt_words: int = doc("Prompts of this many words or more are reported apart, as long.", 40)
-    trajectory_prompts: int = doc("Prompts of which every checkpoint's picture is shown at each step.", 2)
+    long_prompt_words: int = doc("Prompts of this many words or more are reported apart, as long.", 40, above=0)
+    trajectory_prompts: int = doc("Prompts of which every checkpoint's picture is shown at each step.", 2, at_least=0)
 
     def __post_init__(self) -> None:
         for name in ("prompts_file", "checkpoints", "rewards", "metrics"):
@@ -128,11 +120,7 @@ class EvalConfig(DrawConfig):
         for name in ("checkpoints", "prompts_file"):
             value = getattr(self, name)
             require(bool(value), name, value, "set", "an evaluation needs it", f"Set {name}")
-        if self.num_prompts is not None:
-            require_positive(self, "num_prompts")
-        require_positive(self, "reward_batch_size", "long_prompt_words")
-        require_not_negative(self, "trajectory_prompts")
-        require_one_of("reward_dtype", self.reward_dtype, tuple(DTYPES))
+        require_one_of("reward_dtype", self.reward_dtype, DTYPE_NAMES)
         parse_specs(self.rewards)
         self._check_metrics()
         _require_distinct("checkpoints", [spec.name for spec in self.checkpoint_specs()])

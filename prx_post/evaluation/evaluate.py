@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from prx_post import __version__
-from prx_post.config import PrxPostError, make_folder, require_empty
-from prx_post.data.files import only_process, write_bytes
-from prx_post.data.launched import launched_shard
-from prx_post.data.shard import Shard
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import FolderLock, make_folder, require_empty, write_bytes
+from prx_post.base.parsing import parse
+from prx_post.base.ranks import Ranks, launched_ranks
 from prx_post.evaluation.config import EvalConfig
 from prx_post.evaluation.jobs import Job, read_jobs
 from prx_post.evaluation.metrics import Estimate, win_share
@@ -32,9 +32,8 @@ from prx_post.evaluation.scoring import Scores, compare, measure, open_encoders,
 from prx_post.evaluation.summary import Slice, slices
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.model.text import PromptCleaner
-from prx_post.parsing import parse
-from prx_post.rewards.pairwise import position_bias
-from prx_post.rewards.vision_judge import VisionJudge, VisionJudgeConfig
+from prx_post.rewards.judges.pairwise import position_bias
+from prx_post.rewards.judges.vision_judge import VisionJudge, VisionJudgeConfig
 
 MARK = "evaluation.json"
 
@@ -73,37 +72,37 @@ def evaluate(config: EvalConfig, judge_config: VisionJudgeConfig | None = None) 
     rewards, applies = open_rewards(config, jobs)
     judge = VisionJudge(judge_config) if judge_config is not None and judge_config.judge_url is not None else None
     with ExitStack() as stack:
-        shard = stack.enter_context(launched_shard())
-        if shard.rank == 0:
-            stack.enter_context(only_process(_claim(output_dir)))
+        ranks = stack.enter_context(launched_ranks())
+        if ranks.rank == 0:
+            stack.enter_context(FolderLock(_claim(output_dir)))
             for gallery in galleries:
                 gallery.claim(config)
             _say_what_is_left_out(config, jobs, applies)
-        shard.wait()  # until the folders are there
+        ranks.wait()  # until the folders are there
         for gallery in galleries:
-            draw(gallery, jobs, config, shard)
-        shard.wait()  # until every picture is there
-        scores = score(galleries, jobs, rewards, applies, output_dir, shard)
-        metrics = measure(galleries, jobs, reference, config, encoders, shard)
+            draw(gallery, jobs, config, ranks)
+        ranks.wait()  # until every picture is there
+        scores = score(galleries, jobs, rewards, applies, output_dir, ranks)
+        metrics = measure(galleries, jobs, reference, config, encoders, ranks)
         parts = slices(scores, jobs)
         judged = None
         if judge is not None and judge_config is not None:
-            judged = _judge(judge, str(judge_config.judge_model), galleries, jobs, parts[0], shard)
-        summary = _summary(config, jobs, galleries, parts, metrics, applies, shard) | {"judge": judged}
-        if shard.rank == 0:
+            judged = _judge(judge, str(judge_config.judge_model), galleries, jobs, parts[0], ranks)
+        summary = _summary(config, jobs, galleries, parts, metrics, applies, ranks) | {"judge": judged}
+        if ranks.rank == 0:
             _write(output_dir, summary, parts, jobs, galleries, scores)
     return summary
 
 
 def _judge(
-    judge: VisionJudge, model: str, galleries: Sequence[Gallery], jobs: Sequence[Job], overall: Slice, shard: Shard
+    judge: VisionJudge, model: str, galleries: Sequence[Gallery], jobs: Sequence[Job], overall: Slice, ranks: Ranks
 ) -> dict[str, Any]:
     """Adds the judge's win rates to `overall`. Returns who judged, and what was asked and answered."""
     label, clusters = f"judge {model.rpartition('/')[2]}", [job.cluster for job in jobs]
-    for name, wins in compare(galleries, jobs, judge, shard).items():
+    for name, wins in compare(galleries, jobs, judge, ranks).items():
         overall.wins.setdefault(name, {})[label] = win_share(wins, clusters)
-    ranks = shard.gather([{**asdict(judge.counts), "position_bias": position_bias(judge.counts)}])
-    return {"model": model, "identity": judge.identity, "counts_by_process": ranks}
+    counts = ranks.gather([{**asdict(judge.counts), "position_bias": position_bias(judge.counts)}])
+    return {"model": model, "identity": judge.identity, "counts_by_process": counts}
 
 
 def _claimable(config: EvalConfig) -> Path:
@@ -143,7 +142,7 @@ def _summary(
     parts: Sequence[Slice],
     metrics: dict[str, dict[str, Estimate]],
     applies: dict[str, list[str]],
-    shard: Shard,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     overall = parts[0]
     checkpoints = {}
@@ -161,7 +160,7 @@ def _summary(
     return {
         "settings": asdict(config),
         "versions": versions(),
-        "num_processes": shard.world,
+        "num_processes": ranks.world,
         "num_pictures": len(jobs),
         "rewards_score": applies,
         "checkpoints": checkpoints,

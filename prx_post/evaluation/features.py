@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prx_post.config import PrxPostError, require_installed, require_one_of
-from prx_post.data.files import file_sha256
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import file_sha256
+from prx_post.base.settings import require_installed, require_one_of
 from prx_post.model.checkpoint import DTYPES
 
 NEEDS_REFERENCE = ("fid", "cmmd", "dino_mmd")
@@ -59,7 +60,7 @@ class JudgeEncoder:
         require_installed("mlxtend", "the embedded judge", "demo")
 
     def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
-        from prx_post.tiny.judge import judge_features
+        from prx_post.rewards.scorers.number_judge import judge_features
 
         return judge_features(images).numpy()
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import existing_file
 from prx_post.data.prompts import read_prompt_rows
 from prx_post.evaluation.config import EvalConfig
-from prx_post.generate import existing_file
 
 SEED_STRIDE = 100_000
 """Noise seed of prompt i under seed s is s·SEED_STRIDE + i: no two pictures of an evaluation share their noise."""

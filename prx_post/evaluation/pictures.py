@@ -18,17 +18,17 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from prx_post.config import PrxPostError, make_folder
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import json_line, make_folder, write_bytes
+from prx_post.base.ranks import Ranks
 from prx_post.data.cache import fingerprint
 from prx_post.data.encoding import Encoders
-from prx_post.data.files import json_line, write_bytes
-from prx_post.data.shard import Shard
 from prx_post.evaluation.config import CheckpointSpec, EvalConfig
 from prx_post.evaluation.jobs import Job
 from prx_post.flow import inference_sigmas, x0_from_velocity
-from prx_post.generate import Sampler, build_sampler, default_device, generate_images, png_info
 from prx_post.model.checkpoint import DTYPES, PipelineFolder, load
 from prx_post.model.codec import to_images
+from prx_post.model.sampler import Sampler, build_sampler, default_device, generate_images, png_info
 from prx_post.model.scheduler import rescheduled
 from prx_post.model.text import PromptCleaner
 
@@ -115,14 +115,14 @@ class Gallery:
         return {"images_per_second": round(rate, 3), "seconds_per_image": round(seconds / total, 4)}
 
 
-def draw(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, shard: Shard) -> None:
+def draw(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, ranks: Ranks) -> None:
     """Draw this process's share of the pictures that are missing, and the trajectories.
 
     Batches are the same however a run was broken off or shared out, so that the pictures are, to the bit.
     """
     batches = [jobs[start : start + config.batch_size] for start in range(0, len(jobs), config.batch_size)]
-    missing = [batch for batch in shard.of(batches) if not all(gallery.has(job) for job in batch)]
-    shown = [] if shard.rank else jobs[: config.trajectory_prompts]
+    missing = [batch for batch in ranks.share(batches) if not all(gallery.has(job) for job in batch)]
+    shown = [] if ranks.rank else jobs[: config.trajectory_prompts]
     strips = [job for job in shown if not gallery.trajectory(job)[-1].exists()]
     if not missing and not strips:
         return
@@ -135,7 +135,7 @@ def draw(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, shard: Shard
     encoders.prompts, encoders.codec  # load both before the clock starts  # noqa: B018
     embed = _Memo(encoders)
     pictures, seconds = 0, 0.0
-    quiet = shard.rank > 0
+    quiet = ranks.rank > 0
     for batch in tqdm(missing, desc=f"drawing {spec.name}", unit="batch", disable=quiet):
         began = time.perf_counter()
         prompts, seeds = [job.prompt for job in batch], [job.noise_seed for job in batch]
@@ -143,7 +143,7 @@ def draw(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, shard: Shard
         seconds, pictures = seconds + time.perf_counter() - began, pictures + len(batch)
         _save(gallery, batch, images)
     if pictures:
-        line = {"rank": shard.rank, "pictures": pictures, "seconds": seconds}
+        line = {"rank": ranks.rank, "pictures": pictures, "seconds": seconds}
         with (gallery.folder / "timing.jsonl").open("a") as file:
             file.write(json_line(line))
     for job in strips:

@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from prx_post.data.files import write_bytes
+from prx_post.base.files import write_bytes
 from prx_post.evaluation import charts
 from prx_post.evaluation.jobs import Job
 from prx_post.evaluation.pictures import Gallery

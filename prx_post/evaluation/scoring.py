@@ -8,19 +8,20 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
+from prx_post.base.ranks import Ranks
 from prx_post.data.readers import decode
-from prx_post.data.shard import Shard
 from prx_post.evaluation.config import EvalConfig
 from prx_post.evaluation.distances import diversity, frechet_estimate, mmd_estimate
 from prx_post.evaluation.features import NEEDS_REFERENCE, Encoder, MetricSpec, encode, open_encoder
 from prx_post.evaluation.jobs import Job
 from prx_post.evaluation.metrics import Estimate
 from prx_post.evaluation.pictures import Gallery
-from prx_post.generate import default_device
-from prx_post.rewards.base import Reward, parse_specs
+from prx_post.model.sampler import default_device
 from prx_post.rewards.cache import CachedReward, ScoreCache
-from prx_post.rewards.pairwise import PairwiseJudge
+from prx_post.rewards.judges.pairwise import PairwiseJudge
+from prx_post.rewards.registry import parse_specs
+from prx_post.rewards.reward import Reward
 
 CHUNK = 64
 """Pictures in memory at a time."""
@@ -64,7 +65,7 @@ def score(
     rewards: dict[str, Reward],
     applies: dict[str, list[str]],
     output_dir: Path,
-    shard: Shard,
+    ranks: Ranks,
 ) -> Scores:
     """Every reward of every picture; what was scored before is read from `output_dir/scores`.
 
@@ -75,15 +76,15 @@ def score(
     for name in list(rewards):
         reward = rewards.pop(name)
         known = reward if getattr(reward, "takes_columns", False) else CachedReward(reward, name, cache)
-        own = shard.of([i for i, job in enumerate(jobs) if job.prompt_set in applies[name]])
+        own = ranks.share([i for i, job in enumerate(jobs) if job.prompt_set in applies[name]])
         for gallery in galleries:
             found: list[tuple[int, float]] = []
             title = f"{name} of {gallery.spec.name}"
-            for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=shard.rank > 0, leave=False):
+            for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=ranks.rank > 0, leave=False):
                 part = own[start : start + CHUNK]
                 found += zip(part, _score_chunk(known, gallery, [jobs[i] for i in part]), strict=True)
             values = np.full(len(jobs), np.nan)
-            for i, value in shard.gather(found):
+            for i, value in ranks.gather(found):
                 values[i] = value
             scores[gallery.spec.name][name] = values
         del reward, known
@@ -102,21 +103,21 @@ def _score_chunk(reward: Reward, gallery: Gallery, jobs: Sequence[Job]) -> list[
 
 
 def compare(
-    galleries: Sequence[Gallery], jobs: Sequence[Job], judge: PairwiseJudge, shard: Shard
+    galleries: Sequence[Gallery], jobs: Sequence[Job], judge: PairwiseJudge, ranks: Ranks
 ) -> dict[str, np.ndarray]:
     """How sure a judge is that a later checkpoint's picture beats the first's: checkpoint -> [N] in [0, 1]."""
     baseline, *others = galleries
-    own = shard.of(range(len(jobs)))
+    own = ranks.share(range(len(jobs)))
     found = {}
     for gallery in others:
         wins: list[tuple[int, float]] = []
         title = f"judging {gallery.spec.name}"
-        for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=shard.rank > 0, leave=False):
+        for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=ranks.rank > 0, leave=False):
             part = own[start : start + CHUNK]
             of = [jobs[i] for i in part]
             first, second = list(baseline.images(of)), list(gallery.images(of))
             wins += zip(part, (1 - judge([job.prompt for job in of], first, second)).tolist(), strict=True)
-        found[gallery.spec.name] = np.array([value for _, value in sorted(shard.gather(wins))])
+        found[gallery.spec.name] = np.array([value for _, value in sorted(ranks.gather(wins))])
     return found
 
 
@@ -147,7 +148,7 @@ def measure(
     reference: Sequence[Path],
     config: EvalConfig,
     encoders: dict[str, Encoder],
-    shard: Shard,
+    ranks: Ranks,
 ) -> dict[str, dict[str, Estimate]]:
     """Every metric of every checkpoint: checkpoint -> metric -> estimate."""
     specs = config.metric_specs()
@@ -156,9 +157,9 @@ def measure(
         encoder = encoders.pop(name)
         wanted = [spec for spec in specs if spec.encoder == name]
         compares = any(spec.metric in NEEDS_REFERENCE for spec in wanted)
-        real = _features(encoder, reference, shard) if compares else None
+        real = _features(encoder, reference, ranks) if compares else None
         for gallery in galleries:
-            features = _features(encoder, [gallery.path(job) for job in jobs], shard)
+            features = _features(encoder, [gallery.path(job) for job in jobs], ranks)
             for spec in wanted:
                 found[gallery.spec.name][spec.metric] = _estimate(spec, features, real, jobs)
     return {name: {spec.metric: estimates[spec.metric] for spec in specs} for name, estimates in found.items()}
@@ -184,9 +185,9 @@ def _picture(path: Path) -> Image.Image:
         raise PrxPostError(f"{path} cannot be read as a picture: {error}. Mend or remove it.") from error
 
 
-def _features(encoder: Encoder, paths: Sequence[Path], shard: Shard) -> np.ndarray:
+def _features(encoder: Encoder, paths: Sequence[Path], ranks: Ranks) -> np.ndarray:
     """Features [N, D] in the order of `paths`, each process encoding its share."""
-    positions = list(shard.of(range(len(paths))))
+    positions = list(ranks.share(range(len(paths))))
     own = encode(encoder, (_picture(paths[i]) for i in positions)) if positions else np.zeros((0, 0))
-    rows: list[tuple[int, np.ndarray]] = shard.gather(list(zip(positions, own, strict=True)))
+    rows: list[tuple[int, np.ndarray]] = ranks.gather(list(zip(positions, own, strict=True)))
     return np.stack([row for _, row in sorted(rows, key=lambda pair: pair[0])])

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from prx_post.config import PrxPostError
-from prx_post.tiny import BASE as TINY_BASE
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import replacing
+from prx_post.model.config import EMBEDDED
 
 COMPONENTS = {
     "transformer": ("PRXTransformer2DModel",),
@@ -180,7 +181,7 @@ def open_pipeline(path_or_id: str, revision: str | None = None, weights: bool = 
         weights: whether they must be there too; without, the Hub is asked for the small files alone.
     """
     if path_or_id == "tiny":
-        return inspect(TINY_BASE, path_or_id)
+        return inspect(EMBEDDED / "base", path_or_id)
     local = Path(path_or_id).expanduser()
     if local.exists():
         return inspect(local, path_or_id, weights)
@@ -292,20 +293,11 @@ def emit(checkpoint: Checkpoint, folder: str | Path, dtype: str = "float32") -> 
         raise CheckpointError(
             f"{folder} is not empty, but must be because nothing is overwritten. Choose another folder."
         )
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write_pipeline(checkpoint, partial, dtype)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{folder} cannot be written: {error}. Free some space, or choose another."
-            ) from error
-        raise
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+        with replacing(folder) as partial:
+            _write_pipeline(checkpoint, partial, dtype)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}. Free some space, or choose another.") from error
     return folder
 
 

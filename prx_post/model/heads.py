@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prx_post.config import require
+from prx_post.base.settings import require
+from prx_post.model.config import ATTENTION_HEADS
 from prx_post.model.denoiser import predict_velocity
 
 FREQUENCIES = 32
-ATTENTION_HEADS = 4
 
 
 def default_blocks(depth: int) -> list[int]:

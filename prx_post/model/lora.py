@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from prx_post.config import ModelConfig, PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.model.checkpoint import PipelineFolder
+from prx_post.model.config import ModelConfig
 
 TARGET_MODULES = ["img_qkv_proj", "txt_kv_proj", "to_out.0", "gate_proj", "up_proj", "down_proj"]
 """Every attention and MLP projection of a block."""

@@ -2,9 +2,6 @@
 
 from typing import Any
 
-SAMPLERS = ("euler", "renoise")
-"""`euler` follows the flow; `renoise` goes to x0 at every step and back up with new noise."""
-
 
 def rescheduled(scheduler: Any, **changes: Any) -> Any:
     """A copy of a FlowMatchEulerDiscreteScheduler with `changes` to its configuration.

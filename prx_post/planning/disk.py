@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
-from prx_post.config import DataConfig, PrxPostError, TrainConfig
+from prx_post.base.errors import PrxPostError
 from prx_post.data.buckets import Buckets, Size
+from prx_post.data.config import DataConfig
 from prx_post.data.readers import PictureRows, image_size, read_rows
+from prx_post.engine.config import TrainConfig
 from prx_post.model.checkpoint import DTYPES, PipelineFolder
 from prx_post.model.text import PromptCleaner, tokenize
 from prx_post.planning.dry_run import DryRun

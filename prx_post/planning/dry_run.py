@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prx_post.config import ModelConfig, TrainConfig
-from prx_post.data.source import Batch
+from prx_post.engine.config import TrainConfig
 from prx_post.engine.optim import build_optimizer
+from prx_post.engine.protocols import Batch
 from prx_post.model.checkpoint import PipelineFolder
+from prx_post.model.config import ModelConfig
 from prx_post.stages.common import prepare_network
 
 

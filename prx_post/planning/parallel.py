@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prx_post.config import ConfigError, TrainConfig
+from prx_post.base.errors import ConfigError
+from prx_post.engine.config import TrainConfig
 from prx_post.engine.processes import read_deepspeed_json
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from prx_post.config import check_types, doc, require_one_of, require_positive, require_whole_matrices
-from prx_post.parsing import parse
+from prx_post.base.parsing import parse
+from prx_post.base.settings import check_fields, doc, require_one_of
+from prx_post.engine.config import require_whole_matrices
 from prx_post.planning import report
 from prx_post.planning.disk import cache_size, run_size
 from prx_post.planning.parallel import read_parallel
@@ -25,17 +26,16 @@ class PlanConfig:
     accelerate_config: str | None = doc(
         "As in a launch: one of TRL's (`multi_gpu`, `zero1`, `zero2`, `zero3`), or an accelerate config file.", None
     )
-    num_processes: int | None = doc("Processes of the run; null: what accelerate_config says, else 1.", None)
+    num_processes: int | None = doc("Processes of the run; null: what accelerate_config says, else 1.", None, above=0)
     device_memory_gib: float | None = doc(
-        "Memory of one GPU, GiB; null: of this machine's GPU. Without either, nothing is said about fitting.", None
+        "Memory of one GPU, GiB; null: of this machine's GPU. Without either, nothing is said about fitting.",
+        None,
+        above=0,
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
         require_one_of("stage", self.stage, STAGES)
-        for name in ("num_processes", "device_memory_gib"):
-            if getattr(self, name) is not None:
-                require_positive(self, name)
 
 
 def run(args: Sequence[str]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from prx_post.config import DataConfig, ModelConfig
 from prx_post.data.buckets import Buckets, Size
+from prx_post.data.config import DataConfig
 from prx_post.model import lora
 from prx_post.model.checkpoint import PipelineFolder, open_pipeline
+from prx_post.model.config import ModelConfig
 from prx_post.planning.dry_run import DryRun, dry_run
 from prx_post.planning.memory import Memory, memory
 from prx_post.planning.parallel import Parallel

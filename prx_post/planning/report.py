@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from prx_post.config import DataConfig, ModelConfig, TrainConfig
+from prx_post.data.config import DataConfig
+from prx_post.engine.config import TrainConfig
 from prx_post.model.checkpoint import PipelineFolder
+from prx_post.model.config import ModelConfig
 from prx_post.planning.disk import CacheSize, RunSize
 from prx_post.planning.dry_run import DryRun
 from prx_post.planning.memory import Memory

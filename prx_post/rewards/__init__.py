@@ -1,1 +1,5 @@
-"""Scorers of pictures: higher is better."""
+"""Scorers of images, one a file, and judges of pairs; in process, or served to other machines (service/)."""
+
+from prx_post.rewards.registry import load
+
+__all__ = ["load"]

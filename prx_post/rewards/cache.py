@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prx_post.config import make_folder
-from prx_post.data.files import cannot_write
-from prx_post.rewards.base import Reward, check_counts, checked
+from prx_post.base.files import cannot_write, make_folder
+from prx_post.rewards.reward import Reward, check_counts, checked
 
 
 def picture_digest(image: Image.Image) -> str:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prx_post.config import PrxPostError
-from prx_post.data.files import file_sha256
-from prx_post.rewards.base import check_counts, checked
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import file_sha256
+from prx_post.rewards.reward import check_counts, checked
 
 
 class FunctionReward:

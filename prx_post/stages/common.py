@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prx_post.config import ModelConfig, PrxPostError, TrainConfig
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import write_jsonl
 from prx_post.data.cache import content_key, fingerprint
 from prx_post.data.encoding import EncodedCache, Encoders, Sample
-from prx_post.data.files import write_jsonl
 from prx_post.data.readers import DataError, PictureRows
 from prx_post.data.source import BatchSource, DrawPlan
+from prx_post.engine.config import TrainConfig
 from prx_post.engine.run import Run
 from prx_post.engine.tracking import RunLog
-from prx_post.generate import Sampler, generate_images, grid
 from prx_post.model import lora
 from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import PipelineFolder, emit, load
+from prx_post.model.config import ModelConfig
+from prx_post.model.sampler import Sampler, generate_images, grid
 
 
 def prepare_network(transformer: Any, model: ModelConfig, config: TrainConfig) -> Any:

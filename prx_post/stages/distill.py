@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prx_post.config import ModelConfig, require
+from prx_post.base.parsing import parse
+from prx_post.base.ranks import launched_ranks
+from prx_post.base.settings import require
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import EncodedCache, Encoders, Sample
-from prx_post.data.launched import launched_shard
 from prx_post.data.readers import PictureRows, read_rows
 from prx_post.data.source import BatchSource, MixedPlan
 from prx_post.distillation.config import DistillConfig, TeacherConfig
@@ -25,12 +26,12 @@ from prx_post.engine.tracking import RunLog, check_trackers
 from prx_post.engine.trainer import Trainer
 from prx_post.evaluation.features import open_encoder
 from prx_post.flow import interpolate, sample_timesteps
-from prx_post.generate import Sampler, default_device
 from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import load
+from prx_post.model.config import ModelConfig
 from prx_post.model.heads import DiscriminatorHeads, check_blocks
+from prx_post.model.sampler import Sampler, default_device
 from prx_post.model.text import PromptCleaner, pad_embeddings
-from prx_post.parsing import parse
 from prx_post.stages.common import GridDrawer, check_base, emit_trained, prepare_network, record_samples
 
 CALIBRATION_SAMPLES = 64
@@ -78,13 +79,13 @@ def make_latents(args: Sequence[str]) -> None:
     model, teacher, config = check(args)
     pipelines = Pipelines.open(model, teacher, config)
     prompts = read_training_prompts(teacher, PromptCleaner(teacher.skip_text_cleaning))
-    with launched_shard() as shard:
+    with launched_ranks() as ranks:
         frozen = _Frozen(pipelines, teacher, config, default_device())
         samples, cache = teacher_latents(
-            *(teacher, prompts, frozen.encoders, pipelines.size, frozen.sampler, shard),
+            *(teacher, prompts, frozen.encoders, pipelines.size, frozen.sampler, ranks),
             [*config.sample_prompts, *read_eval_prompts(config)],
         )
-        if shard.rank == 0:
+        if ranks.rank == 0:
             print(f"{len(samples)} latents in {cache.latents.folder}")
 
 
@@ -212,11 +213,11 @@ class _Distillation:
         size, extra = self.pipelines.size, [*self.config.sample_prompts, *self.eval_prompts]
         if self.accelerator.is_main_process:
             encoders.cleaner.warn_of_lost(extra)
-        samples, cache = teacher_latents(teacher, self.prompts, encoders, size, self.frozen.sampler, run.shard, extra)
+        samples, cache = teacher_latents(teacher, self.prompts, encoders, size, self.frozen.sampler, run.ranks, extra)
         if self.rows is None:
             return samples, cache
         bad_rows = run.output_dir / "bad_rows.jsonl"
-        return with_real_pictures(teacher, self.rows, samples, cache, encoders, size, bad_rows, run.shard)
+        return with_real_pictures(teacher, self.rows, samples, cache, encoders, size, bad_rows, run.ranks)
 
     def _name_of(self, sample: Sample) -> str:
         """What a sample is called in samples.jsonl: its line in the prompt file, or its picture."""

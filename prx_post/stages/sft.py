@@ -9,23 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prx_post.config import (
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    doc,
-    require,
-    require_fraction,
-    require_not_negative,
-    require_one_of,
-    require_positive,
-)
+from prx_post.base.parsing import parse
+from prx_post.base.settings import doc, require, require_one_of
 from prx_post.data.buckets import Buckets
+from prx_post.data.config import DataConfig
 from prx_post.data.encoding import Encoders, prepare
 from prx_post.data.immiscible import immiscible_order
 from prx_post.data.readers import PictureRows, read_rows
-from prx_post.data.source import Batch
+from prx_post.engine.config import TrainConfig
 from prx_post.engine.processes import on_main, output_folder, seed_everything
+from prx_post.engine.protocols import Batch
 from prx_post.engine.run import Run, open_run
 from prx_post.engine.tracking import RunLog, check_trackers
 from prx_post.engine.trainer import Trainer
@@ -33,10 +26,10 @@ from prx_post.flow import interpolate, sample_timesteps, velocity_target
 from prx_post.model import lora
 from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import PipelineFolder, load, open_pipeline
+from prx_post.model.config import ModelConfig
 from prx_post.model.denoiser import predict_velocity
 from prx_post.model.text import PromptCleaner
 from prx_post.objectives.flow_matching import contrastive_term, flow_matching_loss, min_snr_weight
-from prx_post.parsing import parse
 from prx_post.stages.common import GridDrawer, build_source, check_base, emit_trained, prepare_network, record_samples
 
 
@@ -44,23 +37,22 @@ from prx_post.stages.common import GridDrawer, build_source, check_base, emit_tr
 class SFTConfig(TrainConfig):
     """Flow-matching settings, on top of the training loop's. Defaults are PRX's pretraining distribution."""
 
-    caption_dropout: float = doc("Share of samples trained on the encoded empty prompt, for guidance.", 0.1)
+    caption_dropout: float = doc(
+        "Share of samples trained on the encoded empty prompt, for guidance.", 0.1, between=(0, 1)
+    )
     timestep_mean: float = doc("Mean of the normal variable whose sigmoid is t.", 0.0)
-    timestep_std: float = doc("Standard deviation of that variable.", 1.0)
-    timestep_shift: float = doc("t -> shift·t / (1 + (shift - 1)·t); above 1 favours noise.", 1.0)
-    timestep_uniform_fraction: float = doc("Share of samples whose t is uniform instead.", 0.1)
+    timestep_std: float = doc("Standard deviation of that variable.", 1.0, above=0)
+    timestep_shift: float = doc("t -> shift·t / (1 + (shift - 1)·t); above 1 favours noise.", 1.0, above=0)
+    timestep_uniform_fraction: float = doc("Share of samples whose t is uniform instead.", 0.1, between=(0, 1))
     loss_weighting: str = doc("`none`, or `min_snr` (Hang et al. 2023).", "none")
-    min_snr_gamma: float = doc("Cap of the signal-to-noise weight for `min_snr`.", 5.0)
+    min_snr_gamma: float = doc("Cap of the signal-to-noise weight for `min_snr`.", 5.0, above=0)
     contrastive_weight: float = doc(
-        "Weight of contrastive flow matching's negative term; 0.05 in its paper, 0: off.", 0.0
+        "Weight of contrastive flow matching's negative term; 0.05 in its paper, 0: off.", 0.0, at_least=0
     )
     immiscible: bool = doc("Assign each micro-batch's noises to its samples by least distance.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_fraction(self, "caption_dropout", "timestep_uniform_fraction")
-        require_positive(self, "timestep_std", "timestep_shift", "min_snr_gamma")
-        require_not_negative(self, "contrastive_weight")
         require_one_of("loss_weighting", self.loss_weighting, ("none", "min_snr"))
         require(
             self.contrastive_weight == 0 or self.per_device_train_batch_size > 1,
@@ -160,7 +152,7 @@ def _train(
         pipeline, cleaner, accelerator.device, text_dtype=torch.bfloat16 if config.bf16 else torch.float32
     )
     samples, cache = prepare(
-        data, rows, encoders, buckets, run.output_dir / "bad_rows.jsonl", config.sample_prompts, run.shard
+        data, rows, encoders, buckets, run.output_dir / "bad_rows.jsonl", config.sample_prompts, run.ranks
     )
     digest = on_main(accelerator, lambda: record_samples(run, samples, lambda sample: rows.name(sample.row)))
     base = on_main(accelerator, lambda: check_base(run, pipeline, Path(data.cache_dir).expanduser()))

@@ -1,7 +1,6 @@
 """The embedded world: "write this number". Real handwriting, a tiny but genuine PRX pipeline, two cores."""
 
-from pathlib import Path
+from prx_post.model.config import EMBEDDED
 
-WEIGHTS = Path(__file__).parent / "weights"
-BASE = WEIGHTS / "base"
-JUDGE = WEIGHTS / "judge.safetensors"
+BASE = EMBEDDED / "base"
+JUDGE = EMBEDDED / "judge.safetensors"

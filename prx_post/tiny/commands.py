@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
-from prx_post.config import make_folder, require_empty, require_installed
+from prx_post.base.files import make_folder, require_empty
+from prx_post.base.settings import require_installed
 
 
 def run(args: Sequence[str]) -> None:
@@ -29,7 +30,7 @@ def run(args: Sequence[str]) -> None:
     else:
         from pathlib import Path
 
-        from prx_post.tiny.build import build
+        from prx_post.tiny.make.build import build
 
         folder = build(Path(options.output_dir), options.seed)
     print(f"written to {folder}")

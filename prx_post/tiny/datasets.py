@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from prx_post.rewards.scorers.numbers import FORMS, NUMBERS, caption
 from prx_post.tiny.pictures import write_number
-from prx_post.tiny.world import FORMS, NUMBERS, caption, split_of_numbers
+from prx_post.tiny.world import split_of_numbers
 
 PRETRAIN_SIZE = 24_000
 PRETRAIN_WRONG_CAPTIONS = 0.5
@@ -53,7 +54,7 @@ def _train_numbers() -> frozenset[int]:
 
 def curated_pictures(seed: int) -> list[CaptionedPicture]:
     """The most legible of many candidates, by OCR log-probability, each with a right caption. Training numbers only."""
-    from prx_post.rewards import base
+    from prx_post.rewards import registry as base
 
     rng = np.random.default_rng([seed, 11])
     candidates = []

@@ -42,7 +42,7 @@ def test_one_line_and_exit_code_two(prx_post, picture_folder, tmp_path, flags, m
 
 
 def test_what_can_be_known_early_is_said_before_a_model_loads(picture_folder, tmp_path, warm_cache, monkeypatch):
-    from prx_post.config import PrxPostError
+    from prx_post.base.errors import PrxPostError
     from prx_post.engine import tracking
 
     no_models(monkeypatch)
@@ -57,7 +57,7 @@ def test_what_can_be_known_early_is_said_before_a_model_loads(picture_folder, tm
 
 
 def test_processes_that_do_not_see_each_other_are_an_error(picture_folder, tmp_path, warm_cache, monkeypatch):
-    from prx_post.config import PrxPostError
+    from prx_post.base.errors import PrxPostError
 
     no_models(monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -66,7 +66,7 @@ def test_processes_that_do_not_see_each_other_are_an_error(picture_folder, tmp_p
 
 
 def test_an_output_dir_with_another_run_is_left_alone(picture_folder, tmp_path, warm_cache, monkeypatch):
-    from prx_post.config import PrxPostError
+    from prx_post.base.errors import PrxPostError
 
     no_models(monkeypatch)
     (tmp_path / "run").mkdir()
@@ -141,7 +141,7 @@ def test_a_chinese_prompt_is_kept_with_skip_text_cleaning(picture_folder, tmp_pa
 def test_a_full_disk_is_noticed_before_anything_is_encoded(picture_folder, tmp_path, monkeypatch):
     import shutil
 
-    from prx_post.config import PrxPostError
+    from prx_post.base.errors import PrxPostError
 
     no_models(monkeypatch)
     usage = shutil.disk_usage(tmp_path)
@@ -151,7 +151,7 @@ def test_a_full_disk_is_noticed_before_anything_is_encoded(picture_folder, tmp_p
 
 
 def test_a_loss_that_is_no_longer_finite_stops_the_run_and_emits_nothing(picture_folder, warm_cache, tmp_path):
-    from prx_post.config import PrxPostError
+    from prx_post.base.errors import PrxPostError
 
     with pytest.raises(PrxPostError, match="not finite for 2 steps in a row .max_nonfinite_steps., the last of them 3"):
         train(

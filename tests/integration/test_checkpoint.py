@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.model.checkpoint import CheckpointError, emit, inspect, load, open_pipeline
 
 OUTSIDER = """

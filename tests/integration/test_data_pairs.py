@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prx_post.config import ConfigError, PrxPostError
-from prx_post.data.pairs import PairsConfig, run
+from prx_post.base.errors import ConfigError, PrxPostError
+from prx_post.recipes.pairs import PairsConfig, run
 from tests.misbehaving import picture
 
 A, B, C, D = (picture("JPEG", seed=i) for i in range(4))
@@ -140,7 +140,7 @@ def test_shards_are_cut_by_size_and_rows_can_be_limited(tmp_path):
 def test_a_run_that_broke_off_leaves_no_folder_and_the_next_one_starts_clean(tmp_path, monkeypatch):
     import errno
 
-    from prx_post.data import pairs
+    from prx_post.recipes import pairs
 
     source = pick_a_pic(tmp_path / "s.parquet", [("p", A, B, 1.0, 0.0, True)] * 3)
     leftover = tmp_path / ".out.prx-post-partial"

@@ -10,10 +10,11 @@ import time
 
 import pytest
 
-from prx_post.config import DataConfig, PrxPostError
-from prx_post.data import url_list
+from prx_post.base.errors import PrxPostError
+from prx_post.data.config import DataConfig
 from prx_post.data.readers import read_rows
-from prx_post.data.url_list import UrlListConfig, run
+from prx_post.recipes import url_list
+from prx_post.recipes.url_list import UrlListConfig, run
 from tests.misbehaving import Server, picture, response, sends
 
 
@@ -220,7 +221,7 @@ def test_loopback_is_refused_without_the_tests_switch(server, tmp_path, monkeypa
 def test_a_full_disk_ends_the_run_and_leaves_no_half_written_file(server, tmp_path, monkeypatch):
     import errno
 
-    from prx_post.data import files
+    from prx_post.base import files
 
     server.handlers["/a"] = sends(response(picture()))
     table = write_table(tmp_path / "list.csv", [("a", server.url("/a"), "one")])
@@ -239,7 +240,7 @@ def test_a_full_disk_ends_the_run_and_leaves_no_half_written_file(server, tmp_pa
 
 
 def test_a_folder_with_something_else_in_it_and_one_in_use_are_left_alone(server, tmp_path):
-    from prx_post.data.files import only_process
+    from prx_post.base.files import FolderLock
 
     server.handlers["/a"] = sends(response(picture()))
     table = write_table(tmp_path / "list.csv", [("a", server.url("/a"), "one")])
@@ -249,7 +250,7 @@ def test_a_folder_with_something_else_in_it_and_one_in_use_are_left_alone(server
         run(config(table, tmp_path / "mine"))
     assert contents(tmp_path / "mine") == {"a.jpg": b"precious"}
     run(config(table, tmp_path / "out"))
-    with only_process(tmp_path / "out"), pytest.raises(PrxPostError, match="in use by another run"):
+    with FolderLock(tmp_path / "out"), pytest.raises(PrxPostError, match="in use by another run"):
         run(config(table, tmp_path / "out"))
 
 

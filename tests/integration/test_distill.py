@@ -77,8 +77,8 @@ def test_the_teachers_own_eight_step_grid_would_waste_its_last_step():
 
 
 def test_every_step_of_a_renoising_sampler_has_noise_of_its_own():
-    from prx_post.generate import build_sampler
     from prx_post.model.checkpoint import load
+    from prx_post.model.sampler import build_sampler
 
     sampler = build_sampler(load("tiny"), (32, 64), 4, 1.0, torch.device("cpu"))
     drawn = [seeded_noise([7], sampler.latent_shape), *(sampler.fresh_noise([7], step) for step in (1, 2, 3))]
@@ -90,8 +90,8 @@ def test_every_step_of_a_renoising_sampler_has_noise_of_its_own():
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
 def test_our_sampler_draws_what_the_stock_pipeline_draws_from_a_student(prompts_file, warm_cache, tmp_path, sampler):
     from prx_post.data.encoding import Encoders
-    from prx_post.generate import build_sampler
     from prx_post.model.checkpoint import load
+    from prx_post.model.sampler import build_sampler
     from prx_post.model.text import PromptCleaner
 
     final = train(*settings(prompts_file, warm_cache, tmp_path / "run", max_steps=1, sampler=sampler, method=["ladd"]))

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from prx_post.config import ConfigError, PrxPostError
+from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.distillation.pipelines import check_fit, student_scheduler
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.stages.distill import train

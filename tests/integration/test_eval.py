@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.evaluation import evaluate
 from prx_post.evaluation.config import CheckpointSpec
 from prx_post.evaluation.jobs import spread_over_groups
-from prx_post.rewards import ocr
+from prx_post.rewards.scorers import ocr
+from prx_post.rewards.scorers.numbers import FORMS
 from prx_post.tiny.datasets import prompt_set, write_folder, write_prompts
-from prx_post.tiny.world import FORMS
 from tests.conftest import numbered_pictures
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.evaluation import evaluate
 from tests.judging import answer, judging
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prx_post.data.files import only_process
+from prx_post.base.files import FolderLock
 from prx_post.evaluation import evaluate
 from prx_post.tiny.datasets import prompt_set, write_folder, write_prompts
 from tests.conftest import numbered_pictures
@@ -58,7 +58,7 @@ def test_eval_is_launched_on_several_processes_by_its_own_flags(world, tmp_path,
 def test_a_second_evaluation_in_the_same_folder_is_refused(world, tmp_path, prx_post):
     out = tmp_path / "out"
     out.mkdir()
-    with only_process(out):
+    with FolderLock(out):
         refused = prx_post(*arguments(world, out))
     assert refused.returncode == 2
     assert "is in use by another run" in refused.stderr

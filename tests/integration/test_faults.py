@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.data.cache import checksum
 from prx_post.engine import checkpointing
 from prx_post.engine.checkpointing import DamagedCheckpoint, checkpoints

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from prx_post import generate
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 
 COMMON = ["--model_name_or_path", "tiny", "--height", "32", "--width", "64", "--num_inference_steps", "4"]
 

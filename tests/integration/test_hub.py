@@ -54,7 +54,7 @@ def hub(base):
 PROGRAM = """
 import sys
 from prx_post.model.checkpoint import load
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 try:
     checkpoint = load(sys.argv[1])
 except PrxPostError as error:

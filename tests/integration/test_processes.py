@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from prx_post.config import ConfigError
+from prx_post.base.errors import ConfigError
 from prx_post.engine.checkpointing import checkpoints, open_checkpoint
 from prx_post.engine.launch import split_flags
 from tests.faults import differences, numbers, sft_arguments, weights

@@ -7,11 +7,12 @@ import re
 import pytest
 from PIL import Image
 
-from prx_post.config import PrxPostError
-from prx_post.rewards import client
-from prx_post.rewards.base import RewardSpec, WeightedSum
+from prx_post.base.errors import PrxPostError
 from prx_post.rewards.cache import CachedReward, ScoreCache
-from prx_post.rewards.client import Patience, RemoteReward, connect
+from prx_post.rewards.registry import RewardSpec
+from prx_post.rewards.reward import WeightedSum
+from prx_post.rewards.service import client
+from prx_post.rewards.service.client import Patience, RemoteReward, connect
 from tests.processes import free_port
 from tests.reward_serving import QUICK, Fingerprints, Stub, discovered, fingerprint, noise, scored, serving
 

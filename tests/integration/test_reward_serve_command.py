@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from prx_post.cli import main
-from prx_post.rewards.client import connect
+from prx_post.rewards.service.client import connect
 from tests.reward_serving import TOKEN, noise
 
 SLOW_REWARD = """
@@ -95,7 +95,7 @@ def test_settings_that_cannot_work_are_one_line_before_anything_is_served(capsys
 
 
 def test_a_port_that_is_taken_is_known_before_a_reward_loads(capsys, monkeypatch):
-    monkeypatch.setattr("prx_post.rewards.server.load_rewards", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("prx_post.rewards.service.server.load_rewards", lambda _: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in error_of(

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from prx_post.rewards import serving as http_side
-from prx_post.rewards.base import WeightedSum, load
-from prx_post.rewards.client import connect
-from prx_post.rewards.protocol import decode_picture, encode_picture
+from prx_post.rewards.registry import load
+from prx_post.rewards.reward import WeightedSum
+from prx_post.rewards.service import serving as http_side
+from prx_post.rewards.service.client import connect
+from prx_post.rewards.service.protocol import decode_picture, encode_picture
 from prx_post.tiny.pictures import write_number
 from tests.processes import free_port
 from tests.reward_serving import TOKEN, Fingerprints, fingerprint, noise, png, serving

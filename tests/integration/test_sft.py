@@ -10,9 +10,11 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from prx_post.config import DataConfig, ModelConfig, PrxPostError
+from prx_post.base.errors import PrxPostError
+from prx_post.data.config import DataConfig
 from prx_post.data.encoding import Encoders
 from prx_post.model.checkpoint import PipelineFolder, load
+from prx_post.model.config import ModelConfig
 from prx_post.stages.sft import FlowMatchingObjective, SFTConfig, train
 from tests.conftest import numbered_pictures
 

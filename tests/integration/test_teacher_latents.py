@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from prx_post.base.ranks import Ranks
 from prx_post.data.cache import TensorCache
 from prx_post.data.encoding import Encoders
-from prx_post.data.shard import Shard
 from prx_post.distillation import teacher as module
 from prx_post.distillation.config import TeacherConfig
 from prx_post.distillation.teacher import read_training_prompts, teacher_latents
-from prx_post.generate import build_sampler
 from prx_post.model.checkpoint import load, open_pipeline
+from prx_post.model.sampler import build_sampler
 from prx_post.model.text import PromptCleaner
 from tests.distilling import arguments
 from tests.processes import run
@@ -63,10 +63,10 @@ class Counting:
         return sampler
 
 
-def make(settings: TeacherConfig, sampler: Counting, shard: Shard | None = None):
+def make(settings: TeacherConfig, sampler: Counting, ranks: Ranks | None = None):
     encoders = Encoders(open_pipeline("tiny"), PromptCleaner(), CPU, torch.float32)
     prompts = read_training_prompts(settings, encoders.cleaner)
-    return teacher_latents(settings, prompts, encoders, SIZE, sampler, shard or Shard())
+    return teacher_latents(settings, prompts, encoders, SIZE, sampler, ranks or Ranks())
 
 
 def all_latents(samples, cache) -> dict[str, torch.Tensor]:
@@ -151,7 +151,7 @@ def test_several_processes_share_the_work_and_make_the_same(prompts_file, tmp_pa
     [('{"prompt": "一只猫"}', "prompt 1 is '一只猫', of which prompt cleaning leaves nothing"), ("not json", "line 1")],
 )
 def test_a_prompt_that_cannot_be_used_is_named(tmp_path, line, message):
-    from prx_post.config import PrxPostError
+    from prx_post.base.errors import PrxPostError
 
     (tmp_path / "bad.jsonl").write_text(line + "\n")
     with pytest.raises(PrxPostError, match=message):

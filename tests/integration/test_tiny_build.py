@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.model.checkpoint import load
-from prx_post.tiny import build as recipe
 from prx_post.tiny import datasets
+from prx_post.tiny.make import build as recipe
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from prx_post.config import PrxPostError
-from prx_post.rewards.pairwise import compare_groups, position_bias
-from prx_post.rewards.vision_judge import VisionJudge, VisionJudgeConfig
+from prx_post.base.errors import PrxPostError
+from prx_post.rewards.judges.pairwise import compare_groups, position_bias
+from prx_post.rewards.judges.vision_judge import VisionJudge, VisionJudgeConfig
 from tests.judging import DROP, answer, error, flat, judging, redder
 
 KEY = "sk-secret"
@@ -184,7 +184,7 @@ def test_what_may_pass_is_tried_again(server, make, failure):
 
 def test_pauses_grow_and_are_as_long_as_the_server_asks_but_not_longer_than_allowed(server, make, monkeypatch):
     pauses = []
-    monkeypatch.setattr("prx_post.rewards.chat.JITTER.uniform", lambda low, high: 1.0)
+    monkeypatch.setattr("prx_post.rewards.judges.chat.JITTER.uniform", lambda low, high: 1.0)
     monkeypatch.setattr(
         threading.Event,
         "wait",

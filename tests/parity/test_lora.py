@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 
-from prx_post.config import ModelConfig, PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.model import lora
 from prx_post.model.checkpoint import inspect, load
+from prx_post.model.config import ModelConfig
 from prx_post.model.denoiser import predict_velocity
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from prx_post.rewards import base
-from prx_post.rewards.clip import byte_pair_tokens
-from prx_post.rewards.hpsv2 import cleaned
+from prx_post.rewards import registry
+from prx_post.rewards.scorers.clip import byte_pair_tokens
+from prx_post.rewards.scorers.hpsv2 import cleaned
 
 VOCABULARY_SIZE = 49408
 SIZES = [(40, 28), (28, 28), (61, 83), (57, 28), (300, 200), (29, 31)]
@@ -107,7 +107,7 @@ def test_hpsv2_is_the_packages_score(byte_pairs, tmp_path):
     with torch.no_grad():
         out = model(torch.stack([transform(image) for image in images]), tokenize(prompts))
     expected = (out["image_features"] * out["text_features"]).sum(-1)
-    scores = base.load("hpsv2", weights=str(tmp_path), device="cpu")(images, prompts)
+    scores = registry.load("hpsv2", weights=str(tmp_path), device="cpu")(images, prompts)
     assert expected.std() > 0.02
     # Fused attention and one product of heads against torch.nn.MultiheadAttention: fp32 rounding of unit vectors.
     torch.testing.assert_close(scores, expected, rtol=0, atol=2e-6)

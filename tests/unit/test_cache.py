@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.data import cache as cache_module
 from prx_post.data.cache import TensorCache, check_free_space, content_key, fingerprint
 

@@ -1,7 +1,7 @@
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from prx_post.config import ConfigError
+from prx_post.base.errors import ConfigError
 from prx_post.evaluation.config import CheckpointSpec
 from prx_post.flow import inference_sigmas
 from prx_post.model.scheduler import rescheduled

@@ -58,7 +58,7 @@ def test_both_variants_encode_to_the_shape_that_the_pipeline_denoises(base, dc_a
 
 
 def test_the_embedded_vae_keeps_real_handwriting_legible(base):
-    from prx_post.rewards import base as rewards
+    from prx_post.rewards import registry as rewards
     from tests.conftest import numbered_pictures
 
     pictures = numbered_pictures(list(range(200, 248)), seed=4)

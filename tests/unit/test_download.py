@@ -10,9 +10,9 @@ from email.utils import format_datetime
 
 import pytest
 
-from prx_post.data.addresses import is_public
-from prx_post.data.download import Fetcher, Limits
-from prx_post.data.urls import FetchError, parse_url, redirected
+from prx_post.base.net import is_public
+from prx_post.recipes.download import Fetcher, Limits
+from prx_post.recipes.urls import FetchError, parse_url, redirected
 from tests.misbehaving import Server, endless, picture, response, sends
 
 QUICK = Limits(max_bytes=50_000, max_pixels=10_000, max_redirects=3, connect_s=1.0, read_s=0.3, total_s=1.0)

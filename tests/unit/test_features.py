@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.evaluation.features import MetricSpec, encode, open_encoder
 
 CPU = torch.device("cpu")

@@ -2,11 +2,7 @@ import pytest
 import torch
 
 from prx_post.data.immiscible import immiscible_order
-from prx_post.objectives.flow_matching import (
-    contrastive_term,
-    flow_matching_loss,
-    min_snr_weight,
-)
+from prx_post.objectives.flow_matching import contrastive_term, flow_matching_loss, min_snr_weight
 
 
 def test_loss_is_the_mean_squared_velocity_error_by_hand():

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
-from prx_post.config import PrxPostError
-from prx_post.data.geneval_style import (
+from prx_post.base.errors import PrxPostError
+from prx_post.data.prompts import read_prompt_rows
+from prx_post.recipes.geneval_style import (
     COLORS,
     NUMBERS,
     OBJECTS,
@@ -16,7 +17,6 @@ from prx_post.data.geneval_style import (
     make_prompts,
     run,
 )
-from prx_post.data.prompts import read_prompt_rows
 
 
 def of(task, per_task=40, seed=0):

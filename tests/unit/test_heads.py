@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prx_post.config import ConfigError
+from prx_post.base.errors import ConfigError
 from prx_post.model.checkpoint import load
 from prx_post.model.heads import DiscriminatorHeads, block_tokens, check_blocks, default_blocks
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from prx_post.config import DataConfig
+from prx_post.data.config import DataConfig
 from prx_post.data.readers import DataError, decode, read_rows
 from tests.misbehaving import picture
 

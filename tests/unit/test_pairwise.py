@@ -4,10 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from prx_post.config import PrxPostError
-from prx_post.rewards.judge_answers import DEFAULT_TEMPLATE, fill_template, parse_answer, read_template
-from prx_post.rewards.pairwise import JudgeCounts, PointwiseJudge, compare_groups, position_bias
-from prx_post.rewards.vision_judge import VisionJudge, VisionJudgeConfig
+from prx_post.base.errors import PrxPostError
+from prx_post.rewards.judges.judge_answers import DEFAULT_TEMPLATE, fill_template, parse_answer, read_template
+from prx_post.rewards.judges.pairwise import JudgeCounts, PointwiseJudge, compare_groups, position_bias
+from prx_post.rewards.judges.vision_judge import VisionJudge, VisionJudgeConfig
 
 
 def flat(*reds):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from prx_post.config import ConfigError
+from prx_post.base.errors import ConfigError
 from prx_post.data.encoding import Encoders
 from prx_post.data.readers import read_rows
 from prx_post.model.text import PromptCleaner

@@ -5,9 +5,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prx_post.config import PrxPostError
-from prx_post.data.prompts import PromptListConfig, read_prompt_rows, run
+from prx_post.base.errors import PrxPostError
+from prx_post.data.prompts import read_prompt_rows
 from prx_post.generate import GenerateConfig, read_prompts
+from prx_post.recipes.prompts import PromptListConfig, run
 
 
 def generated(path):

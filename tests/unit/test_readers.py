@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from prx_post.config import DataConfig
+from prx_post.data.config import DataConfig
 from prx_post.data.readers import BadRow, DataError, decode, image_size, read_rows, report_bad_rows
 
 

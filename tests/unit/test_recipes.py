@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from prx_post.config import ConfigError
-from prx_post.data import recipes
+from prx_post.base.errors import ConfigError
+from prx_post.base.parsing import parse
 from prx_post.data.prompts import read_prompt_rows
-from prx_post.data.recipes import KINDS, find_recipe, known_recipes, run
 from prx_post.model.text import PromptCleaner
-from prx_post.parsing import parse
+from prx_post.recipes import commands as recipes
+from prx_post.recipes.commands import KINDS, find_recipe, known_recipes, run
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {

@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from prx_post.config import PrxPostError
-from prx_post.rewards import base
+from prx_post.base.errors import PrxPostError
+from prx_post.rewards import registry, reward
 from prx_post.rewards.cache import CachedReward, ScoreCache
-from prx_post.rewards.ctc import LOG_FLOOR, greedy_text, log_prob, similarity
-from prx_post.rewards.ocr import wanted_text
+from prx_post.rewards.scorers.ctc import LOG_FLOOR, greedy_text, log_prob, similarity
+from prx_post.rewards.scorers.ocr import wanted_text
 from prx_post.tiny.pictures import write_number
 
 
@@ -59,7 +59,7 @@ def real_handwriting():
 @pytest.mark.parametrize("name", ["ocr_exact", "judge_exact"])
 def test_real_handwriting_is_read_right_and_wrong_prompts_score_nothing(name, real_handwriting):
     images, prompts = real_handwriting
-    reward = base.load(name)
+    reward = registry.load(name)
     scores = reward(images, prompts)
     assert scores.dtype == torch.float32
     assert scores.mean() > 0.9
@@ -72,7 +72,7 @@ def test_graded_scores_separate_right_from_wrong_even_through_noise(name, real_h
     images, prompts = real_handwriting
     noise = np.random.default_rng(0).normal(0, 60, size=(32, 64, 3))
     noisy = [Image.fromarray((np.asarray(i) + noise).clip(0, 255).astype(np.uint8)) for i in images]
-    reward = base.load(name)
+    reward = registry.load(name)
     right = reward(noisy, prompts)
     wrong = reward(noisy, [str(10 + (int(p) + 387) % 990) for p in prompts])
     assert (right <= 0).all()
@@ -84,13 +84,13 @@ def test_general_text_is_read_too():
 
     image = Image.new("RGB", (200, 48), "white")
     ImageDraw.Draw(image).text((8, 4), "Open late", fill="black", font=ImageFont.load_default(size=34))
-    assert base.load("ocr_exact")([image], ['a sign that says "Open late"']).item() == 1.0
+    assert registry.load("ocr_exact")([image], ['a sign that says "Open late"']).item() == 1.0
 
 
 def test_a_score_does_not_depend_on_the_other_prompts_of_the_call(real_handwriting):
     images, prompts = real_handwriting
     for name in ("ocr_exact", "ocr_graded"):
-        reward = base.load(name)
+        reward = registry.load(name)
         alone = reward(images[:2], prompts[:2])
         among = reward(images[:3], [*prompts[:2], 'a sign that says "Open late"'])
         assert torch.allclose(alone, among[:2], atol=1e-5)
@@ -98,31 +98,31 @@ def test_a_score_does_not_depend_on_the_other_prompts_of_the_call(real_handwriti
 
 def test_a_text_too_long_for_the_picture_scores_the_floor_not_minus_infinity(real_handwriting):
     images, _ = real_handwriting
-    score = base.load("ocr_graded")(images[:1], [f'"{"1" * 40}"']).item()
+    score = registry.load("ocr_graded")(images[:1], [f'"{"1" * 40}"']).item()
     assert score == pytest.approx(LOG_FLOOR)
 
 
 def test_prompts_that_cannot_be_scored_are_found_before_any_picture():
     with pytest.raises(PrxPostError, match="reads digits only"):
-        base.load("judge_exact").check(['a sign that says "open"'])
+        registry.load("judge_exact").check(['a sign that says "open"'])
     with pytest.raises(PrxPostError, match="cannot read '\\U0001fae0'"):
-        base.load("ocr_exact").check(['a sign that says "\U0001fae0"'])
-    base.load("ocr_exact").check(["472", 'a sign that says "open"'])
+        registry.load("ocr_exact").check(['a sign that says "\U0001fae0"'])
+    registry.load("ocr_exact").check(["472", 'a sign that says "open"'])
 
 
 def test_pictures_of_several_sizes_are_scored_in_their_order(real_handwriting):
     images, prompts = real_handwriting
     mixed = [image.resize((128, 64)) if i % 2 else image for i, image in enumerate(images[:16])]
-    assert base.load("ocr_exact")(mixed, prompts[:16]).sum() >= 13
+    assert registry.load("ocr_exact")(mixed, prompts[:16]).sum() >= 13
 
 
 def test_unknown_names_and_unequal_counts_are_errors(real_handwriting):
     with pytest.raises(PrxPostError, match="Did you mean 'ocr_exact'"):
-        base.load("ocr_exakt")
+        registry.load("ocr_exakt")
     images, prompts = real_handwriting
     for name in ("ocr_exact", "judge_exact"):
         with pytest.raises(PrxPostError, match="got 3 pictures, but must get as many as prompts"):
-            base.load(name)(images[:3], prompts[:2])
+            registry.load(name)(images[:3], prompts[:2])
 
 
 def flat(count):
@@ -156,23 +156,23 @@ def test_ocr_similarity_is_one_minus_the_edit_distance_over_the_length():
 
 
 def test_a_weighted_sum_keeps_the_parts():
-    total = base.WeightedSum({"a": Redness(), "b": Redness()}, [1.0, -0.5])
+    total = reward.WeightedSum({"a": Redness(), "b": Redness()}, [1.0, -0.5])
     parts = total.parts(flat(3), ["x"] * 3)
     assert list(parts) == ["a", "b"]
     assert total.combine(parts).tolist() == total(flat(3), ["x"] * 3).tolist() == [0.0, 0.5, 1.0]
     # 0, 1, 2: mean 1, population variance (1 + 0 + 1)/3
-    assert base.statistics(parts["a"]) == base.Statistics(1.0, pytest.approx((2 / 3) ** 0.5), 0.0, 2.0)
+    assert reward.statistics(parts["a"]) == reward.Statistics(1.0, pytest.approx((2 / 3) ** 0.5), 0.0, 2.0)
     with pytest.raises(PrxPostError, match="blue"):
         total.check(["blue"])
     for weights in ([1.0], [1.0, math.nan]):
         with pytest.raises(PrxPostError, match="reward_weights"):
-            base.WeightedSum({"a": Redness(), "b": Redness()}, weights)
+            reward.WeightedSum({"a": Redness(), "b": Redness()}, weights)
 
 
 def test_scores_that_are_not_finite_or_too_few_are_refused():
     for scores, message in (([1.0, math.nan], "gave nan for picture 1 of 2"), ([1.0], r"shape \(1,\) for 2 pictures")):
         with pytest.raises(PrxPostError, match=message):
-            base.checked(torch.tensor(scores), "mine", 2)
+            reward.checked(torch.tensor(scores), "mine", 2)
 
 
 def test_a_cached_score_is_computed_once_per_picture_prompt_and_reward(tmp_path):
@@ -230,9 +230,9 @@ def functions(tmp_path):
 
 
 def test_a_users_function_is_a_reward_in_either_convention(functions):
-    assert base.load(f"{functions}:plain")(flat(2), ["a", "b"]).tolist() == [4.0, 4.0]
+    assert registry.load(f"{functions}:plain")(flat(2), ["a", "b"]).tolist() == [4.0, 4.0]
     columns = {"target": ["3", "5"], "group": ["x", "y"]}
-    assert base.load(f"{functions}:trl")(flat(2), ["a", "b"], columns).tolist() == [4.0, 6.0]
+    assert registry.load(f"{functions}:trl")(flat(2), ["a", "b"], columns).tolist() == [4.0, 6.0]
 
 
 @pytest.mark.parametrize(
@@ -246,15 +246,15 @@ def test_a_users_function_is_a_reward_in_either_convention(functions):
 )
 def test_a_function_that_is_no_reward_is_named(functions, name, message):
     with pytest.raises(PrxPostError, match=message):
-        base.load(f"{functions}:{name}")(flat(2), ["a", "b"])
+        registry.load(f"{functions}:{name}")(flat(2), ["a", "b"])
 
 
 def test_a_file_that_cannot_be_imported_is_named(tmp_path):
     (tmp_path / "bad.py").write_text("def (:\n")
     with pytest.raises(PrxPostError, match="cannot be imported"):
-        base.load(f"{tmp_path}/bad.py:score")
+        registry.load(f"{tmp_path}/bad.py:score")
     with pytest.raises(PrxPostError, match="there is no file"):
-        base.load("nowhere.py:score")
+        registry.load("nowhere.py:score")
 
 
 @pytest.mark.parametrize(
@@ -268,12 +268,12 @@ def test_a_file_that_cannot_be_imported_is_named(tmp_path):
     ],
 )
 def test_a_reward_is_written_as_a_name_a_function_or_a_url(text, label, target):
-    spec = base.RewardSpec.parse(text)
+    spec = registry.RewardSpec.parse(text)
     assert (spec.label, spec.target, spec.weights) == (label, target, None)
 
 
 def test_rewards_that_cannot_be_told_apart_or_take_no_weights_are_refused():
     with pytest.raises(PrxPostError, match="distinctly named"):
-        base.parse_specs(["ocr", "http://gpu:8000/ocr"])
+        registry.parse_specs(["ocr", "http://gpu:8000/ocr"])
     with pytest.raises(PrxPostError, match="ocr takes no weights"):
-        base.parse_specs(["ocr=somewhere"])
+        registry.parse_specs(["ocr=somewhere"])

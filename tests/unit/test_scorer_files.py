@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prx_post.config import PrxPostError
-from prx_post.rewards import base
+from prx_post.base.errors import PrxPostError
+from prx_post.rewards import registry
 from tests.scorer_checkpoints import CHECKPOINTS, WEIGHT_FILES
 from tests.unit.test_scorers import PROMPTS, load, pictures
 
@@ -29,14 +29,14 @@ def test_missing_weights_are_named_with_how_to_fetch_them(name, file, hub_id, mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for given in (None, str(tmp_path)):
         with pytest.raises(PrxPostError) as raised:
-            base.load(name, weights=given)
+            registry.load(name, weights=given)
         message = str(raised.value)
         assert message.startswith(f"{name} needs {file} {f'of {hub_id}' if given is None else f'in {tmp_path}'}")
         assert message.endswith(f"`hf download {hub_id} {file.split()[0]}`, or say where it is by `{name}=PATH`.")
     with pytest.raises(PrxPostError, match="no such file or folder, and it is not a Hub id"):
-        base.load(name, weights="./nowhere")
+        registry.load(name, weights="./nowhere")
     with pytest.raises(PrxPostError, match="of someone/else, which is not in the Hub's cache .* cannot be reached"):
-        base.load(name, weights="someone/else")
+        registry.load(name, weights="someone/else")
 
 
 def test_a_missing_companion_is_named(copy_of, monkeypatch, tmp_path):
@@ -49,7 +49,7 @@ def test_a_missing_companion_is_named(copy_of, monkeypatch, tmp_path):
         folder = copy_of(name)
         (folder / file).unlink()
         with pytest.raises(PrxPostError, match=f"{name} needs {file} of {hub_id}"):
-            base.load(name, weights=str(folder))
+            registry.load(name, weights=str(folder))
 
 
 def in_hub_cache(cache, hub_id, folder, commit):
@@ -66,7 +66,7 @@ def test_weights_in_the_hubs_cache_are_found_and_known_by_their_commit(checkpoin
     processor = checkpoints / "pickscore" / "CLIP-ViT-H-14-laion2B-s32B-b79K"
     in_hub_cache(tmp_path, "yuvalkirstain/PickScore_v1", checkpoints / "pickscore", "a" * 40)
     in_hub_cache(tmp_path, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", processor, "b" * 40)
-    reward = base.load("pickscore", device="cpu")
+    reward = registry.load("pickscore", device="cpu")
     assert f"yuvalkirstain/PickScore_v1@{'a' * 12}" in reward.identity
     assert f"laion/CLIP-ViT-H-14-laion2B-s32B-b79K@{'b' * 12}" in reward.identity
     images = pictures()
@@ -75,15 +75,15 @@ def test_weights_in_the_hubs_cache_are_found_and_known_by_their_commit(checkpoin
 
 def test_weights_may_be_a_file_and_change_the_identity_with_their_content(copy_of):
     folder = copy_of("hpsv2")
-    by_file = base.load(f"hpsv2={folder}/HPS_v2.1_compressed.pt", device="cpu")
-    assert by_file.identity == base.load("hpsv2", weights=str(folder), device="cpu").identity
+    by_file = registry.load(f"hpsv2={folder}/HPS_v2.1_compressed.pt", device="cpu")
+    assert by_file.identity == registry.load("hpsv2", weights=str(folder), device="cpu").identity
     images = pictures()
     before = by_file(images, PROMPTS)
     file = folder / "HPS_v2.1_compressed.pt"
     content = torch.load(file, weights_only=True)
     content["state_dict"]["text_projection"] *= torch.linspace(0.5, 1.5, 48)
     torch.save(content, file)
-    changed = base.load("hpsv2", weights=str(folder), device="cpu")
+    changed = registry.load("hpsv2", weights=str(folder), device="cpu")
     assert changed.identity != by_file.identity
     assert not torch.allclose(changed(images, PROMPTS), before)
 
@@ -93,7 +93,7 @@ def test_pytorch_weights_serve_where_there_are_no_safetensors(copy_of, checkpoin
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
-    reward = base.load("pickscore", weights=str(folder), device="cpu")
+    reward = registry.load("pickscore", weights=str(folder), device="cpu")
     assert torch.equal(reward(images, PROMPTS), load("pickscore", checkpoints)(images, PROMPTS))
 
 
@@ -121,11 +121,11 @@ def test_missing_unexpected_and_misshaped_weights_are_named(name, key, copy_of):
     file = folder / WEIGHT_FILES[name]
     change_tensors(file, lambda tensors: tensors.update({key: tensors[key][:-1].clone()}))
     with pytest.raises(PrxPostError, match=r"does not hold .*of another shape are \S+ \(.*\) for \("):
-        base.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+        registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
     change_tensors(file, lambda tensors: tensors.pop(key))
     change_tensors(file, lambda tensors: tensors.update({"layers.99.stray": torch.zeros(1)}))
     with pytest.raises(PrxPostError, match="does not hold .*stray") as raised:
-        base.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+        registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
     assert str(folder) in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -135,10 +135,10 @@ def test_weights_of_another_model_are_refused(name, copy_of):
     folder = copy_of(name)
     torch.save({"weight": torch.zeros(2)}, folder / WEIGHT_FILES[name])
     with pytest.raises(PrxPostError, match="does not hold .*weight"):
-        base.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+        registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
     torch.save([1, 2], folder / WEIGHT_FILES[name])
     with pytest.raises(PrxPostError, match="holds no dictionary of tensors"):
-        base.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+        registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
 
 
 class Arbitrary:
@@ -153,7 +153,7 @@ def test_a_pickle_of_more_than_tensors_is_refused_unread(name, copy_of):
     folder = copy_of(name)
     torch.save({"state_dict": Arbitrary()}, folder / WEIGHT_FILES[name])
     with pytest.raises(PrxPostError, match="not loaded because a pickle may run any code"):
-        base.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+        registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,7 +164,7 @@ def test_a_file_cut_short_is_named(name, copy_of):
     for kept in (len(whole) // 2, 0):
         file.write_bytes(whole[:kept])
         with pytest.raises(PrxPostError, match=f"{file.name} (cannot be read|is damaged)"):
-            base.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+            registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
 
 
 def test_side_files_that_are_damaged_are_named(copy_of):
@@ -173,10 +173,10 @@ def test_side_files_that_are_damaged_are_named(copy_of):
         for content, message in (("{", "is not valid JSON"), ("[]", "must hold a JSON object")):
             (folder / file).write_text(content)
             with pytest.raises(PrxPostError, match=f"{file} {message}"):
-                base.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+                registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
     (folder.parent / "image_reward" / "med_config.json").write_text("{}")
     with pytest.raises(PrxPostError, match="has no 'vocab_size'"):
-        base.load("image_reward", weights=str(folder.parent / "image_reward"), device="cpu")(pictures(), PROMPTS)
+        registry.load("image_reward", weights=str(folder.parent / "image_reward"), device="cpu")(pictures(), PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "image_reward"])
@@ -191,5 +191,5 @@ def test_weights_stored_in_half_precision_are_computed_with_in_float32(name, cop
 
     for step, change in (("half", halve), ("float", back)):
         change_tensors(folder / WEIGHT_FILES[name], change)
-        single[step] = base.load(name, weights=str(folder), device="cpu")(images, PROMPTS)
+        single[step] = registry.load(name, weights=str(folder), device="cpu")(images, PROMPTS)
     assert torch.equal(single["half"], single["float"])

@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from prx_post.config import PrxPostError
-from prx_post.rewards import base, weights
-from prx_post.rewards.clip import byte_pair_tokens
-from prx_post.rewards.hpsv2 import cleaned
-from prx_post.rewards.pixels import centre_square, normalised, padded_square
+from prx_post.base.errors import PrxPostError
+from prx_post.rewards import registry
+from prx_post.rewards.scorers import weights
+from prx_post.rewards.scorers.clip import byte_pair_tokens
+from prx_post.rewards.scorers.hpsv2 import cleaned
+from prx_post.rewards.scorers.pixels import centre_square, normalised, padded_square
 from tests import scorer_references
 from tests.scorer_checkpoints import CHECKPOINTS
 
@@ -29,7 +30,7 @@ def pictures(sizes=((40, 28), (28, 28), (61, 83), (28, 57), (300, 200))):
 
 
 def load(name, checkpoints, **placement):
-    return base.load(name, weights=str(checkpoints / name), device="cpu", **placement)
+    return registry.load(name, weights=str(checkpoints / name), device="cpu", **placement)
 
 
 def clip_pixels_by_hand(image):
@@ -149,7 +150,7 @@ def test_jpeg_compressibility_is_minus_the_size_in_kilobytes():
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=95)
         expected.append(-len(buffer.getvalue()) / 1000)
-    scores = base.load("jpeg_compressibility")(images, [""] * 4)
+    scores = registry.load("jpeg_compressibility")(images, [""] * 4)
     assert scores.tolist() == pytest.approx(expected)
     assert scores[0] > scores[1] > scores[2]
     assert scores[0] == pytest.approx(scores[3].item(), abs=1e-5)
@@ -198,7 +199,7 @@ def test_nothing_is_loaded_before_the_first_call_and_once_after_it(name, checkpo
         return original(path, *args)
 
     for module in ("clip", "hpsv2", "image_reward", "aesthetic"):
-        monkeypatch.setattr(f"prx_post.rewards.{module}.read_tensors", counted)
+        monkeypatch.setattr(f"prx_post.rewards.scorers.{module}.read_tensors", counted)
     reward = load(name, checkpoints)
     reward.check(PROMPTS)
     assert reward.identity
@@ -210,7 +211,7 @@ def test_nothing_is_loaded_before_the_first_call_and_once_after_it(name, checkpo
 
 
 def test_a_repeated_prompt_is_embedded_once_a_call(checkpoints, monkeypatch):
-    from prx_post.rewards.clip import CLIP
+    from prx_post.rewards.scorers.clip import CLIP
 
     embedded = []
 
@@ -294,13 +295,13 @@ def test_placements_that_cannot_be_are_refused_before_anything_loads(checkpoints
         ({"device": "cuda:99"}, "device is 'cuda:99', but this process sees"),
     ):
         with pytest.raises(PrxPostError, match=message):
-            base.load("hpsv2", weights=str(checkpoints / "hpsv2"), **placement)
+            registry.load("hpsv2", weights=str(checkpoints / "hpsv2"), **placement)
 
 
 def test_mps_says_why_it_is_not_there():
     with pytest.raises(PrxPostError, match="there is no mps because its weights are published as a pickle"):
-        base.load("mps")
+        registry.load("mps")
     with pytest.raises(PrxPostError, match="there is no mps because"):
-        base.load("mps=/somewhere.pth")
+        registry.load("mps=/somewhere.pth")
     with pytest.raises(PrxPostError, match="jpeg_compressibility takes no weights"):
-        base.load("jpeg_compressibility=/somewhere")
+        registry.load("jpeg_compressibility=/somewhere")

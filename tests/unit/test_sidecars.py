@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from prx_post.config import DataConfig, PrxPostError
+from prx_post.base.errors import PrxPostError
+from prx_post.data.config import DataConfig
 from prx_post.data.readers import read_rows
-from prx_post.data.sidecars import SidecarConfig, run
+from prx_post.recipes.sidecars import SidecarConfig, run
 from tests.misbehaving import picture
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from prx_post.config import PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.engine.checkpointing import checkpoints, open_checkpoint
 from tests.training import config, lines, trainer, weights
 

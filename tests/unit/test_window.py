@@ -2,7 +2,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from prx_post.engine.window import Window
+from prx_post.engine.metrics import Window
 
 
 def test_a_metric_that_is_not_in_every_step_is_averaged_over_those_it_is_in():

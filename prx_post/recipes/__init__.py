@@ -1,0 +1,1 @@
+"""What makes data sets: `prx-post data`, a recipe each."""

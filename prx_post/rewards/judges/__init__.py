@@ -1,0 +1,1 @@
+"""Pairwise judges: which of two images of a prompt is the better one."""

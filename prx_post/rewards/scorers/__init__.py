@@ -1,0 +1,1 @@
+"""Rewards, one per file, and what they share."""

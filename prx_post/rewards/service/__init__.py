@@ -1,0 +1,1 @@
+"""Rewards over HTTP: `prx-post reward-serve` and its client."""
