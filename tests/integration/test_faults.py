@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prx_post.base.errors import PrxPostError
+from prx_post.base.files import FolderLock
 from prx_post.data.cache import checksum
 from prx_post.engine import checkpointing
 from prx_post.engine.checkpointing import DamagedCheckpoint, checkpoints
-from prx_post.engine.signals import FolderLock
 from prx_post.stages.sft import train
 from tests.faults import Limits, differences, kill_trials, numbers, run_child, sft_arguments, weights
 from tests.integration.test_sft import settings
