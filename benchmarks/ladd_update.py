@@ -24,16 +24,13 @@ from typing import Any
 
 import torch
 from diffusers import PRXTransformer2DModel
+from prx_post.distillation.monitor import open_eval_rewards, read_eval_prompts
 from torch import nn
 
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import Encoders
-from prx_post.data.source import BatchSource, MixedPlan
-from prx_post.distillation.config import DistillConfig, TeacherConfig
-from prx_post.distillation.monitor import StudentMonitor, open_eval_rewards, read_eval_prompts
-from prx_post.distillation.objective import DistillationObjective, Teacher
-from prx_post.distillation.pipelines import student_scheduler
-from prx_post.distillation.teacher import read_training_prompts, teacher_latents
+from prx_post.data.plan import MixedPlan
+from prx_post.data.source import BatchSource
 from prx_post.engine.ema import EMA
 from prx_post.engine.protocols import Batch
 from prx_post.model.checkpoint import load, open_pipeline
@@ -41,7 +38,13 @@ from prx_post.model.heads import DiscriminatorHeads, check_blocks
 from prx_post.model.sampler import Sampler
 from prx_post.model.text import PromptCleaner
 from prx_post.objectives import ladd
-from prx_post.stages.sft import FlowMatchingObjective, SFTConfig
+from prx_post.stages.distill.config import DistillConfig, TeacherConfig
+from prx_post.stages.distill.latents import read_training_prompts, teacher_latents
+from prx_post.stages.distill.monitor import StudentMonitor
+from prx_post.stages.distill.objective import DistillationObjective, Teacher
+from prx_post.stages.distill.pipelines import student_scheduler
+from prx_post.stages.sft.config import SFTConfig
+from prx_post.stages.sft.objective import FlowMatchingObjective
 
 CPU = torch.device("cpu")
 Step = Callable[[Batch], None]

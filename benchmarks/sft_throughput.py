@@ -27,7 +27,9 @@ from prx_post.data.config import DataConfig
 from prx_post.data.readers import read_rows
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.model.config import ModelConfig
-from prx_post.stages.sft import FlowMatchingObjective, SFTConfig, train
+from prx_post.stages.sft import train
+from prx_post.stages.sft.config import SFTConfig
+from prx_post.stages.sft.objective import FlowMatchingObjective
 
 HEIGHT, WIDTH = 32, 64
 WARMUP = 5

@@ -1,36 +1,61 @@
-"""The command line: `prx-post <command> --config FILE [--key value ...]`. Heavy imports happen in the command."""
+"""The command line: `prx-post <command> --config FILE [--key value ...]`. Heavy imports happen in the command.
+
+A stage's settings are read and checked before torch is imported, so `--help` and every typo are answered at once.
+"""
 
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from prx_post import __version__
-from prx_post.base.errors import PrxPostError
+from prx_post.base.errors import ConfigError, PrxPostError
+from prx_post.base.parsing import parse
+from prx_post.stages.registry import REGISTRY
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that is no stage.
+
+    Attributes:
+        function: called with the command's arguments; or with its settings, if `configs` says what they are.
+        configs: the stage whose settings it takes.
+        is_launched: whether it may run on several processes.
+        listed: whether the overview shows it.
+    """
+
+    module: str
+    summary: str
+    function: str = "run"
+    configs: str | None = None
+    is_launched: bool = False
+    listed: bool = True
+
 
 COMMANDS = {
-    "sft": ("prx_post.stages.sft", "supervised fine-tuning: full or LoRA, flow matching"),
-    "distill": ("prx_post.stages.distill", "few-step students: trajectory regression, LADD, DMD2"),
-    "generate": ("prx_post.generate", "pictures from a checkpoint"),
-    "eval": ("prx_post.evaluation.evaluate", "score checkpoints on the same prompts and seeds; JSON and HTML report"),
-    "plan": ("prx_post.planning.plan", "what a stage would take, memory and disk, without training"),
-    "data": (
-        "prx_post.recipes.commands",
-        "real data sets from recipes: Alchemist, preference pairs, own folders, prompts",
+    "generate": Command("prx_post.generate", "images from a checkpoint"),
+    "eval": Command(
+        "prx_post.evaluation.evaluate",
+        "score checkpoints on the same prompts and seeds; JSON and HTML report",
+        is_launched=True,
     ),
-    "reward-serve": ("prx_post.rewards.service.server", "score pictures over HTTP, for runs on other GPUs or machines"),
-    "tiny": ("prx_post.tiny.commands", "the embedded world: `tiny data` writes its data sets, `tiny build` remakes it"),
+    "plan": Command("prx_post.planning.plan", "what a stage would take, memory and disk, without training"),
+    "data": Command("prx_post.recipes.commands", "real data sets from recipes: Alchemist, preference pairs, prompts"),
+    "data teacher-latents": Command(
+        "prx_post.stages.distill.ahead", "a distillation's latents", configs="distill", is_launched=True, listed=False
+    ),
+    "reward-serve": Command(
+        "prx_post.rewards.service.server", "score images over HTTP, for runs on other GPUs or machines"
+    ),
+    "tiny": Command(
+        "prx_post.tiny.commands", "the embedded world: `tiny data` writes its data sets, `tiny build` remakes it"
+    ),
 }
 
-TEACHER_LATENTS = "data teacher-latents"
-ENTRY_POINTS = {name: (module, "run") for name, (module, _) in COMMANDS.items()} | {
-    TEACHER_LATENTS: ("prx_post.stages.distill", "make_latents")
-}
-"""Each command's module and function."""
-
-LAUNCHED = ("sft", "distill", "eval", TEACHER_LATENTS)
-"""Commands that may run on several processes."""
 LAUNCH_FLAGS = (
     *("--accelerate_config", "--num_processes", "--num_machines", "--machine_rank"),
     *("--main_process_ip", "--main_process_port"),
@@ -45,9 +70,9 @@ commands:
 {commands}
 
 `prx-post <command> --help` lists a command's settings. Every setting may stand in the YAML file or on the command line.
-On several processes (sft, distill, data teacher-latents, eval): add --num_processes N and --accelerate_config
-multi_gpu|zero1|zero2|zero3|FILE (and for several machines --num_machines, --machine_rank, --main_process_ip,
---main_process_port); torchrun works as well.
+On several processes ({launched}): add --num_processes N and
+--accelerate_config multi_gpu|zero1|zero2|zero3|FILE (and for several machines --num_machines, --machine_rank,
+--main_process_ip, --main_process_port); torchrun works as well.
 """
 
 
@@ -55,22 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     args = [arg for arg in given if not arg.startswith("--local_rank=")]  # of the DeepSpeed launcher
     if not args or args[0] in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:14}{text}" for name, (_, text) in COMMANDS.items())))
+        print(_usage())
         return 0
     if args[0] == "--version":
         print(f"prx-post {__version__}")
         return 0
-    command, *rest = [TEACHER_LATENTS, *args[2:]] if args[:2] == TEACHER_LATENTS.split() else args
-    if command not in ENTRY_POINTS:
-        print(f"error: {command!r} is not a command. Choose from {', '.join(COMMANDS)}.", file=sys.stderr)
+    name, *rest = [" ".join(args[:2]), *args[2:]] if " ".join(args[:2]) in COMMANDS else args
+    if name not in REGISTRY and name not in COMMANDS:
+        print(f"error: {name!r} is not a command. Choose from {', '.join(_listed())}.", file=sys.stderr)
         return 2
     try:
-        module_name, function = ENTRY_POINTS[command]
-        module = importlib.import_module(module_name)
-        if command in LAUNCHED and any(arg.split("=")[0] in LAUNCH_FLAGS for arg in rest):
-            launch = importlib.import_module("prx_post.engine.launch").launch
-            return launch(command.split(), rest, LAUNCH_FLAGS, module.check)
-        getattr(module, function)(rest)
+        return _run(name, rest)
     except PrxPostError as error:
         line = error.report()
         if line is not None:
@@ -79,7 +99,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: no pipeline was written by this command", file=sys.stderr)
         return 130
+
+
+def _run(name: str, args: Sequence[str]) -> int:
+    flags, own = split_launch_flags(args) if _is_launched(name) else ({}, list(args))
+    call = _stage(name, own) if name in REGISTRY else _command(name, own, check_only=bool(flags))
+    if flags:
+        return importlib.import_module("prx_post.engine.launch").launch(name.split(), own, flags)
+    call()
     return 0
+
+
+def _stage(name: str, args: Sequence[str]) -> Callable[[], Any]:
+    """A stage, its settings read and checked."""
+    configs = parse(REGISTRY[name].configs(), args, f"prx-post {name}")
+    return lambda: importlib.import_module("prx_post.stages.run").run(name, configs)
+
+
+def _command(name: str, args: Sequence[str], check_only: bool) -> Callable[[], Any]:
+    command = COMMANDS[name]
+    configs = parse(REGISTRY[command.configs].configs(), args, f"prx-post {name}") if command.configs else None
+    module = importlib.import_module(command.module)
+    if check_only and configs is None:
+        module.check(args)
+    return lambda: getattr(module, command.function)(args if configs is None else configs)
+
+
+def split_launch_flags(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The launcher's flags by name, and the command's own arguments. Raises ConfigError for a flag without a value."""
+    flags: dict[str, str] = {}
+    own: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        flag, _, value = arg.partition("=")
+        if flag not in LAUNCH_FLAGS:
+            own.append(arg)
+            continue
+        value = value or next(rest, "")
+        if not value or value.startswith("--"):
+            raise ConfigError(f"{flag} is without a value. See --help.")
+        flags[flag.removeprefix("--")] = value
+    return flags, own
+
+
+def _is_launched(name: str) -> bool:
+    return name in REGISTRY or COMMANDS[name].is_launched
+
+
+def _listed() -> dict[str, str]:
+    stages = {name: entry.summary for name, entry in REGISTRY.items()}
+    return stages | {name: command.summary for name, command in COMMANDS.items() if command.listed}
+
+
+def _usage() -> str:
+    launched = ", ".join(name for name in (*REGISTRY, *COMMANDS) if _is_launched(name))
+    lines = "\n".join(f"  {name:14}{summary}" for name, summary in _listed().items())
+    return USAGE.format(commands=lines, launched=launched)
 
 
 def entry_point() -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 
 from prx_post.data.encoding import Encoders
-from prx_post.distillation.config import DistillConfig, TeacherConfig
-from prx_post.distillation.objective import DistillationObjective, Teacher
 from prx_post.model.checkpoint import load
 from prx_post.model.config import ModelConfig
 from prx_post.model.heads import DiscriminatorHeads
 from prx_post.model.text import PromptCleaner, pad_embeddings
+from prx_post.stages.distill.config import DistillConfig, TeacherConfig
+from prx_post.stages.distill.objective import DistillationObjective, Randomness, Teacher
+from prx_post.stages.distill.terms import Adversarial, DistributionMatching, Trajectory
 from prx_post.tiny import BASE
 
 PROMPTS = ["472", "eighty-one", "trois cent six", "neunhundertfünf", "12", "77", "five hundred"]
@@ -82,15 +83,41 @@ def objective(**changes) -> DistillationObjective:
     null = prompts("")[0][0]
     teacher = Teacher(load(str(BASE)).transformer, null, GUIDANCE, patch_size=2)
     networks: dict = {}
-    if "ladd" in settings.method:
-        networks["ladd"] = DiscriminatorHeads(settings.head_blocks or [1, 4], channels=128, text_width=128, width=16)
-    if "dmd2" in settings.method:
-        networks["dmd2"] = load(str(BASE)).transformer.train()
-    return DistillationObjective(load(str(BASE)).transformer.train(), teacher, SIGMAS, networks, settings)
+    terms: dict = {}
+    for method in settings.method:
+        if method == "trajectory":
+            terms[method] = Trajectory(teacher, settings.trajectory_teacher_steps)
+        if method == "ladd":
+            blocks = settings.head_blocks or [1, 4]
+            networks[method] = DiscriminatorHeads(blocks, channels=128, text_width=128, width=16)
+            options = {name: getattr(settings, name) for name in ("mismatch_fraction", "r1_weight", "r1_noise")}
+            terms[method] = Adversarial(teacher, networks[method], **options)
+        if method == "dmd2":
+            networks[method] = load(str(BASE)).transformer.train()
+            terms[method] = DistributionMatching(teacher, networks[method])
+    return DistillationObjective(
+        *(load(str(BASE)).transformer.train(), teacher, SIGMAS, terms, networks),
+        learning_rate=settings.learning_rate,
+        network_learning_rate=settings.discriminator_learning_rate,
+        weights=dict(zip(settings.method, settings.method_weights or [1.0] * len(settings.method), strict=True)),
+        learns=settings.student_learns,
+        velocity_weight=settings.velocity_weight,
+    )
 
 
-def batch(count: int = 3, step: int = 0) -> dict:
+DENSITIES = {"ladd": {"mean": 1.0, "std": 1.0}, "dmd2": {"uniform_fraction": 1.0}}
+
+
+def batch(count: int = 3, step: int = 0, levels: list[float] | None = None) -> dict:
+    """`levels`: how often each noise level is drawn."""
     embeds, mask = prompts(*["472", "eighty-one", "trois cent six", "12"][:count])
     latents = torch.randn(count, 4, 8, 16, generator=torch.Generator().manual_seed(5))
     seeds = [11 + 100 * i for i in range(count)]
-    return {"latents": latents, "prompt_embeds": embeds, "prompt_mask": mask, "seeds": seeds, "rows": [0], "step": step}
+    draw = Randomness(lambda step: torch.tensor(levels or [1.0] * 4), DENSITIES, has_r1=True)
+    drawn = [draw(seed, latents.shape[1:], step) for seed in seeds]
+    given = {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
+    return {
+        **{"latents": latents, "prompt_embeds": embeds, "prompt_mask": mask},
+        **given,
+        **{"seeds": seeds, "rows": [0] * count, "step": step},
+    }

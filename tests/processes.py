@@ -18,7 +18,14 @@ from pathlib import Path
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
-    ["tests.preloaded", "prx_post.stages.sft", "prx_post.stages.distill", "tests.processes", "tests.faults"]
+    [
+        "tests.preloaded",
+        "prx_post.stages.sft.stage",
+        "prx_post.stages.distill.stage",
+        "prx_post.stages.run",
+        "tests.processes",
+        "tests.faults",
+    ]
 )
 # Of the runs' own settings a child sees what its test gives it: pytest's process may have met others already.
 LAUNCHERS_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -7,10 +7,10 @@ import yaml
 
 from prx_post.base.parsing import parse
 from prx_post.data.config import DataConfig
-from prx_post.distillation.config import DistillConfig, TeacherConfig
 from prx_post.evaluation.evaluate import EvalConfig
 from prx_post.model.config import ModelConfig
-from prx_post.stages.sft import SFTConfig
+from prx_post.stages.distill.config import DistillConfig, TeacherConfig
+from prx_post.stages.sft.config import SFTConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.yaml"))
 KINDS = {

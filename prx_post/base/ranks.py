@@ -26,6 +26,10 @@ class Ranks:
     world: int = 1
     gather: Callable[[list[Any]], list[Any]] = _alone
 
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Every `world`-th item, beginning with the `rank`-th."""
         return items[self.rank :: self.world]
@@ -33,6 +37,53 @@ class Ranks:
     def wait(self) -> None:
         """Until every process is here."""
         self.gather([])
+
+    def together(self, work: Callable[[], Item]) -> list[Item]:
+        """Do `work`, which holds no collective, on every process; every process gets all results, in rank order.
+
+        Whatever goes wrong on one of them reaches all at once: the others need not wait until they time out.
+        """
+        return self._outcomes([self._attempt(work)])
+
+    def on_main(self, work: Callable[[], Item]) -> Item:
+        """Do `work` on rank 0 alone. Its result, which must pickle, or its error reaches every process."""
+        (result,) = self._outcomes([self._attempt(work)] if self.is_main else [])
+        return result
+
+    def _attempt(self, work: Callable[[], Item]) -> "_Outcome":
+        try:
+            return _Outcome(self.rank, work())
+        except PrxPostError as error:
+            own: Exception = error
+            told = error
+        except OSError as error:
+            place = error.filename or "the disk"
+            own = told = PrxPostError(f"{place} cannot be used: {error.strerror or error}. Check the disk.")
+        except Exception as error:  # not handled, but raised below, by this process as it is
+            own = error
+            told = PrxPostError(f"rank {self.rank} failed ({type(error).__name__}: {error}); it says more")
+        return _Outcome(self.rank, None, told, own)
+
+    def _outcomes(self, mine: list["_Outcome"]) -> list[Any]:
+        outcomes = mine if self.world == 1 else self.gather([_Outcome(o.rank, o.result, o.told) for o in mine])
+        first = next((outcome for outcome in outcomes if outcome.told is not None), None)
+        for own in (outcome.own for outcome in mine if outcome.own is not None):
+            if isinstance(own, PrxPostError) and first is not None:
+                own.raised_by_all(first.rank == self.rank)  # the first of them says it
+            raise own
+        if first is not None and first.told is not None:
+            raise first.told.raised_by_all(False)
+        return [outcome.result for outcome in outcomes]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of a piece of work: its result, or its error as others are told it and as it was."""
+
+    rank: int
+    result: Any
+    told: PrxPostError | None = None
+    own: Exception | None = None
 
 
 ALONE = Ranks()

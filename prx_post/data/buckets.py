@@ -31,6 +31,14 @@ class Buckets:
         for bin_height, bin_width in self.ratios.values():
             pipeline.check_size(int(bin_height), int(bin_width))
 
+    @property
+    def largest(self) -> Size:
+        """The one with the most pixels."""
+        if self.fixed is not None:
+            return self.fixed
+        sizes = [(int(height), int(width)) for height, width in self.ratios.values()]
+        return max(sizes, key=lambda size: size[0] * size[1])
+
     def __call__(self, height: int, width: int) -> Size:
         """The (height, width) at which a picture of this size is trained: what the pipeline would generate for it."""
         from diffusers.image_processor import PixArtImageProcessor

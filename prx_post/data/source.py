@@ -1,196 +1,97 @@
-"""Batches of cached (or freshly encoded) latents and embeddings, in an order that is a function of the step.
+"""Micro-batches of cached (or freshly encoded) latents and embeddings, with their noise: pure functions of the step."""
 
-Legend: G global batch (samples of one optimizer step on all processes), B samples of one micro-batch on one process.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import EncodedCache, Encoders, Sample
+from prx_post.data.plan import Draw, Plan
 from prx_post.data.readers import PictureRows
 from prx_post.engine.protocols import Batch
 from prx_post.model.text import pad_embeddings
 
-
-@dataclass(frozen=True)
-class Draw:
-    """One appearance of one sample: which, and the seed of everything random that happens to it."""
-
-    index: int
-    seed: int
+Randomness = Callable[[int, Sequence[int], int], dict[str, Tensor]]
+"""(seed of a draw, shape of its latents, step) -> everything random about it, by name; stacked to [B, ...]."""
 
 
-class DrawPlan:
-    """Which samples make up each step's global batch.
-
-    Samples are grouped by size. A step's batch comes from one group, chosen in proportion to the groups' sizes; a
-    group's samples come in one endless stream of permutations, each complete before the next begins. So every sample
-    is drawn as often as any other of its group, nothing is dropped at the end of an epoch, and the global batch of a
-    step is the same for any number of processes and micro-batches that multiply to G.
-    """
-
-    def __init__(self, group_of_sample: list[Any], global_batch_size: int, seed: int, num_steps: int) -> None:
-        self.global_batch_size, self.seed = global_batch_size, seed
-        names = sorted(set(group_of_sample))
-        self._groups = [np.flatnonzero([g == name for g in group_of_sample]) for name in names]
-        shares = np.array([len(g) for g in self._groups]) / len(group_of_sample)
-        self._group_of_step = np.random.default_rng([seed, 1]).choice(len(names), size=num_steps, p=shares)
-
-    def draws(self, step: int) -> list[Draw]:
-        """The G draws of `step`, counted from 0."""
-        group = int(self._group_of_step[step])
-        before = int((self._group_of_step[:step] == group).sum())
-        first = before * self.global_batch_size
-        return [self._draw(group, first + i) for i in range(self.global_batch_size)]
-
-    def _draw(self, group: int, position: int) -> Draw:
-        members = self._groups[group]
-        epoch, place = divmod(position, len(members))
-        seed = int(np.random.SeedSequence([self.seed, group, position]).generate_state(1, np.uint64)[0] >> 1)
-        return Draw(int(members[self._permutation(group, epoch)[place]]), seed)
-
-    def _permutation(self, group: int, epoch: int) -> np.ndarray:
-        key = (group, epoch)
-        if getattr(self, "_permutation_key", None) != key:
-            rng = np.random.default_rng([self.seed, 2, group, epoch])
-            self._permutation_key, self._permutation_cached = key, rng.permutation(len(self._groups[group]))
-        return self._permutation_cached
+def no_randomness(seed: int, shape: Sequence[int], step: int) -> dict[str, Tensor]:
+    return {}
 
 
-class MixedPlan:
-    """Two sets of samples in a fixed proportion in every batch, in an order that is shuffled by step.
-
-    The second set's samples are counted on from the first's.
-    """
-
-    def __init__(
-        self, first: int, second: int, second_fraction: float, global_batch_size: int, seed: int, num_steps: int
-    ) -> None:
-        """first, second: how many samples each set has."""
-        self.global_batch_size, self.seed = global_batch_size, seed
-        of_second = round(second_fraction * global_batch_size)
-        parts = [(0, first, global_batch_size - of_second, seed), (first, second, of_second, seed + 2**40)]
-        self._parts = [
-            (offset, DrawPlan(["all"] * count, share, own_seed, num_steps))
-            for offset, count, share, own_seed in parts
-            if share
-        ]
-
-    def draws(self, step: int) -> list[Draw]:
-        both = [Draw(draw.index + offset, draw.seed) for offset, part in self._parts for draw in part.draws(step)]
-        order = np.random.default_rng([self.seed, 4, step]).permutation(len(both))
-        return [both[i] for i in order]
-
-
-class _Items(Dataset):
-    """Draw -> one item; latents and embedding if cached, else the picture's bytes for `BatchSource` to encode."""
-
-    def __init__(self, source: "BatchSource") -> None:
-        self.source = source
-
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        source = self.source
-        sample = source.samples[draw.index]
-        item: dict[str, Any] = {"sample": sample, "seed": draw.seed, "dropped": source.drops_caption(draw)}
-        if source.cache is None:
-            assert source.rows is not None
-            item["bytes"] = source.rows.image_bytes(sample.row)
-        else:
-            item["latents"] = source.cache.latents[sample.image_key]
-            key = source.null_key if item["dropped"] else sample.prompt_key
-            item["embedding"] = source.cache.embeddings[key]
-        return item
-
-
-class BatchSource:
-    """Endless micro-batches of one process, starting at `step`; the order depends on (seed, step) alone.
+@dataclass
+class LatentSource:
+    """This rank's micro-batches: latents [B, C, H, W], prompt_embeds [B, L, D], prompt_mask [B, L] bool, and what
+    `randomness` draws for each sample.
 
     Args:
-        rows: the pictures to encode; may be None with a cache.
-        plan: whose global batch is `micro_batch_size · world_size · accumulation`.
-        cache: None encodes every picture and prompt on the fly.
+        plan: whose global batch is micro_batch_size · world_size · accumulation.
+        rows: the images to encode; may be None with a cache.
+        cache: None encodes every image and prompt on the fly.
         caption_dropout: probability that a draw's prompt is replaced by the encoded empty prompt.
         pad_length: pad prompts to this many tokens; None pads to the longest of the batch (masked either way).
     """
 
-    def __init__(
-        self,
-        samples: list[Sample],
-        rows: PictureRows | None,
-        cache: EncodedCache | None,
-        encoders: Encoders,
-        plan: DrawPlan | MixedPlan,
-        *,
-        micro_batch_size: int,
-        num_steps: int,
-        rank: int = 0,
-        world_size: int = 1,
-        caption_dropout: float = 0.0,
-        pad_length: int | None = None,
-    ) -> None:
-        self.samples, self.rows, self.cache, self.encoders, self.plan = samples, rows, cache, encoders, plan
-        self.micro_batch_size, self.num_steps = micro_batch_size, num_steps
-        self.rank, self.world_size = rank, world_size
-        self.caption_dropout, self.pad_length = caption_dropout, pad_length
-        self.null_key = content_key(encoders.cleaner(""))
-        self.step = 0
+    samples: Sequence[Sample]
+    rows: PictureRows | None
+    cache: EncodedCache | None
+    encoders: Encoders
+    plan: Plan
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    randomness: Randomness = no_randomness
+    caption_dropout: float = 0.0
+    pad_length: int | None = None
+    arrange: Callable[[Batch], Batch] | None = None
+    """The last word on a batch."""
+    online: bool = False
 
-    def state_dict(self) -> dict[str, int]:
-        """Steps whose batches are all out."""
-        return {"step": self.step}
+    def __post_init__(self) -> None:
+        self._null_key = content_key(self.encoders.cleaner(""))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {}, {}
 
-    def drops_caption(self, draw: Draw) -> bool:
-        return np.random.default_rng([draw.seed, 3]).random() < self.caption_dropout
+    def load_state(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """There is none."""
 
-    def _micro_batches(self) -> Iterator[list[Draw]]:
+    def batches(self, step: int) -> Iterator[Batch]:
         size, world = self.micro_batch_size, self.world_size
-        for step in range(self.step, self.num_steps):
-            draws = self.plan.draws(step)
-            for start in range(self.rank * size, len(draws), world * size):
-                yield draws[start : start + size]
+        for start in range(self.rank * size, self.plan.global_batch_size, world * size):
+            yield self.batch(self.plan.draws(step, range(start, start + size)), step)
 
-    def __iter__(self) -> Iterator[Batch]:
-        # batch_sampler gives whole micro-batches; a list of items comes back, to be encoded or padded here.
-        # A generator of its own, because DataLoader draws from torch's global one, which dropout's exact resume needs.
-        batches, generator = _Once(self._micro_batches()), torch.Generator()
-        loader = DataLoader(_Items(self), batch_sampler=batches, collate_fn=list, generator=generator)
-        accumulation = self.plan.global_batch_size // (self.micro_batch_size * self.world_size)
-        for count, items in enumerate(loader, start=1):
-            batch = {**self._collate(items), "step": self.step}
-            if count % accumulation == 0:
-                self.step += 1  # before the step's last batch is out: whoever has it may save the state
-            yield batch
-
-    def _collate(self, items: list[dict[str, Any]]) -> Batch:
-        if self.cache is None:
-            for item in items:
-                sample = item["sample"]
-                item["latents"] = self.encoders.latents(item["bytes"], sample.size).cpu()
-                item["embedding"] = self.encoders.prompts("" if item["dropped"] else sample.prompt).cpu()
-        embeds, mask = pad_embeddings([item["embedding"] for item in items], self.pad_length)
-        return {
-            "latents": torch.stack([item["latents"] for item in items]),
+    def batch(self, draws: Sequence[Draw], step: int) -> Batch:
+        """The samples of `draws`, as they are trained in `step`."""
+        samples = [self.samples[draw.index] for draw in draws]
+        latents = torch.stack([self._latents(sample) for sample in samples])
+        embeds, mask = pad_embeddings(
+            [self._embedding(s, d) for s, d in zip(samples, draws, strict=True)], self.pad_length
+        )
+        drawn = [self.randomness(draw.seed, latents.shape[1:], step) for draw in draws]
+        batch = {
+            "latents": latents,
             "prompt_embeds": embeds,
             "prompt_mask": mask,
-            "seeds": [item["seed"] for item in items],
-            "rows": [item["sample"].row for item in items],
+            **{name: torch.stack([one[name] for one in drawn]) for name in drawn[0]},
+            "seeds": [draw.seed for draw in draws],
+            "rows": [sample.row for sample in samples],
+            "step": step,
         }
+        return batch if self.arrange is None else self.arrange(batch)
 
+    def _latents(self, sample: Sample) -> Tensor:
+        if self.cache is not None:
+            return self.cache.latents[sample.image_key]
+        assert self.rows is not None
+        return self.encoders.latents(self.rows.image_bytes(sample.row), sample.size).cpu()
 
-class _Once:
-    """A batch sampler over an iterator, for DataLoader."""
-
-    def __init__(self, batches: Iterator[list[Draw]]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        return self._batches
+    def _embedding(self, sample: Sample, draw: Draw) -> Tensor:
+        dropped = np.random.default_rng([draw.seed, 3]).random() < self.caption_dropout
+        if self.cache is None:
+            return self.encoders.prompts("" if dropped else sample.prompt).cpu()
+        return self.cache.embeddings[self._null_key if dropped else sample.prompt_key]

@@ -21,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import file_sha256, flush, write_json
 
-FORMAT = 2
+FORMAT = 3
 NAME = re.compile(r"checkpoint-(\d{6,})")
 LATEST = "latest"
 LAST_WAIT_S = 60.0
@@ -75,6 +76,11 @@ class SavedState:
 
     def of_rank(self, rank: int) -> "Tensors":
         return Tensors([self.folder / _rank_file(rank)])
+
+    def joined(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors under `prefix` of all ranks that saved, joined along their first axis in rank order."""
+        parts = [dict(self.of_rank(rank).under(prefix)) for rank in range(self.world_size)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class Tensors:
@@ -123,7 +129,10 @@ def open_checkpoint(folder: Path) -> SavedState:
     if digest != _digest_of(info):
         raise DamagedCheckpoint(f"checkpoint file {path} is corrupt: its sha256 is not what was written.")
     if info["format"] != FORMAT:
-        raise PrxPostError(f"{folder} has checkpoint format {info['format']}, but this prx-post reads {FORMAT}.")
+        raise PrxPostError(
+            f"{folder} has checkpoint format {info['format']}, but this prx-post resumes from format {FORMAT}. Finish "
+            f"that run with the version that began it, or start a new run from a pipeline that it emitted."
+        )
     return SavedState(folder, info)
 
 

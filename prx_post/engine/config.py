@@ -127,14 +127,6 @@ class TrainConfig:
         """`output_dir` as a path."""
         return Path(str(self.output_dir)).expanduser()
 
-    def learning_rates(self) -> dict[str, float]:
-        """Peak learning rates by the beginning of a weight's name in the objective; "" stands for all others."""
-        return {"": self.learning_rate}
-
-    def waiting(self, step: int) -> tuple[str, ...]:
-        """Which of `learning_rates` have no part in optimizer step `step`, counted from 0: their weights stay."""
-        return ()
-
     def check_zero(self, stage: int, offload: bool) -> None:
         """Raise ConfigError if the stage cannot be trained under this ZeRO stage."""
 

@@ -3,8 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -19,49 +18,29 @@ SHUTDOWN_TIMEOUT_S = "600"
 """Seconds that processes have to finish their step and save after a signal to the launcher."""
 
 
-def split_flags(args: Sequence[str], launch_flags: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The launcher's flags by name, and the command's own arguments. Raises ConfigError for a flag without a value."""
-    flags: dict[str, str] = {}
-    own: list[str] = []
-    rest = iter(args)
-    for arg in rest:
-        name, _, value = arg.partition("=")
-        if name not in launch_flags:
-            own.append(arg)
-            continue
-        value = value or next(rest, "")
-        if not value or value.startswith("--"):
-            raise ConfigError(f"{name} is without a value. See --help.")
-        flags[name.removeprefix("--")] = value
-    return flags, own
-
-
-def launch(
-    command: Sequence[str], args: Sequence[str], launch_flags: Sequence[str], check: Callable[[Sequence[str]], Any]
-) -> int:
+def launch(command: Sequence[str], args: Sequence[str], flags: dict[str, str]) -> int:
     """Run `prx-post <command>` in `num_processes` processes. Returns an exit code.
 
     Args:
-        launch_flags: which of `args` are the launcher's.
-        check: reads and checks the command's own arguments; called before any process starts.
+        args: the command's own, checked already.
+        flags: the launcher's, by name.
 
     Raises:
-        PrxPostError: the configuration or the accelerate config cannot be used.
+        PrxPostError: the accelerate config cannot be used.
     """
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    flags, own = split_flags(args, launch_flags)
     if "WORLD_SIZE" in os.environ:
         raise ConfigError(
             f"{', '.join(flags)} cannot be used under another launcher (WORLD_SIZE is set). Leave the launching to one."
         )
-    check(own)
+    flags = dict(flags)
     config_name = flags.pop("accelerate_config", "multi_gpu")
     try:
         launcher = resolve_accelerate_config_argument(["--accelerate_config", config_name])
         for name, value in flags.items():
             launcher += [f"--{name}", value]
-        parsed = launch_command_parser().parse_args([*launcher, "--module", "prx_post.cli", *command, *own])
+        parsed = launch_command_parser().parse_args([*launcher, "--module", "prx_post.cli", *command, *args])
     except ValueError as error:
         raise ConfigError(f"accelerate_config is {config_name!r}: {error}") from error
     if parsed.use_fsdp or config_name.startswith("fsdp"):

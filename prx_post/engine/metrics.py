@@ -17,6 +17,7 @@ class Window:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.images = 0
+        self._pending: list[tuple[Mapping[str, Tensor], int]] = []
         self._resumed = False
         self.start()
 
@@ -34,11 +35,23 @@ class Window:
         self._resumed = True
 
     def add(self, metrics: Mapping[str, Tensor], images: int) -> None:
-        """Metrics of one micro-batch; a name need not be in every one."""
-        self.images += images
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
-            self.counts[name] = self.counts.get(name, 0) + 1
+        """Metrics of one micro-batch, which count once its step is done; a name need not be in every one."""
+        self._pending.append((metrics, images))
+
+    def commit(self, grad_norm: float, group_norms: Mapping[str, Tensor]) -> None:
+        """The step is done. The norms are of its gradients before clipping."""
+        self.grad_norm = grad_norm
+        norms = {f"grad_norm/{name}": norm for name, norm in group_norms.items()}
+        for metrics, images in self._pending:
+            self.images += images
+            for name, value in (*metrics.items(), *norms.items()):
+                self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
+                self.counts[name] = self.counts.get(name, 0) + 1
+        self._pending = []
+
+    def discard(self) -> None:
+        """The step was skipped."""
+        self._pending = []
 
     def close(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over the steps that had a metric, and processes; nan for a window of which every step was skipped."""

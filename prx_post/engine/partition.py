@@ -5,8 +5,7 @@ that made them; so it can be resumed with others. The functions here are collect
 same order.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,40 +89,41 @@ class Partition:
         with torch.no_grad():
             local_part(parameter).copy_(part)
 
-    @contextmanager
-    def unmoved(self, prefixes: tuple[str, ...]) -> Iterator[None]:
-        """Inside, an optimizer step leaves the moments of these groups as they are; their learning rate must be 0.
+    def moments_of(self, groups: Sequence[str]) -> Callable[[], None]:
+        """A function that puts the moments of these groups back to what they are now; their rate must be 0 meanwhile.
 
-        Under ZeRO (1 and 2), whose flat tensors always have a gradient and so their moments put back. For torch, which
-        skips a weight without gradient, see `drop_gradients`.
+        For ZeRO (1 and 2), whose flat tensors always have a gradient. For torch, which skips a weight without gradient,
+        see `drop_gradients`.
         """
-        if not prefixes or self._zero is None:
-            yield
-            return
-        groups = zip(self._optimizer.param_groups, self._zero_flats(), strict=True)
-        states = [self._optimizer.state[flat] for group, flat in groups if group["prefix"] in prefixes]
+        if not groups or self._zero is None:
+            return lambda: None
+        flats = zip(self._optimizer.param_groups, self._zero_flats(), strict=True)
+        states = [self._optimizer.state[flat] for group, flat in flats if group["name"] in groups]
         before = [{k: v.clone() for k, v in state.items()} for state in states]
-        yield
-        for state, saved in zip(states, before, strict=True):  # in place, for DeepSpeed keeps views of these tensors
-            for key, value in state.items():
-                value.copy_(saved[key]) if saved else value.zero_()
 
-    def drop_gradients(self, prefixes: tuple[str, ...]) -> None:
+        def put_back() -> None:
+            for state, saved in zip(states, before, strict=True):  # in place: DeepSpeed keeps views of these tensors
+                for key, value in state.items():
+                    value.copy_(saved[key]) if saved else value.zero_()
+
+        return put_back
+
+    def drop_gradients(self, groups: Sequence[str]) -> None:
         """So that torch's next step leaves these groups as they are. Under ZeRO there is nothing to drop."""
         for group in self._optimizer.param_groups if self._zero is None else []:
-            if group["prefix"] in prefixes:
+            if group["name"] in groups:
                 for parameter in group["params"]:
                     parameter.grad = None
 
-    def gradient_norms(self) -> dict[str, float]:
+    def gradient_norms(self) -> dict[str, Tensor]:
         """By group, if there are several and torch has the gradients (ZeRO has split and used them by then)."""
         gradients: dict[str, list[Tensor]] = {}
-        for group in self._optimizer.param_groups if self._zero is None else []:  # Muon and AdamW may share a prefix
+        for group in self._optimizer.param_groups if self._zero is None else []:  # Muon and AdamW may share a name
             found = [p.grad for p in group["params"] if p.grad is not None]
-            gradients.setdefault(group["prefix"], []).extend(found)
+            gradients.setdefault(group["name"], []).extend(found)
         if len(gradients) < 2:
             return {}
-        return {prefix: float(torch.nn.utils.get_total_norm(found)) for prefix, found in gradients.items()}
+        return {name: torch.nn.utils.get_total_norm(found) for name, found in gradients.items()}
 
     def optimizer_state(self, name: str) -> State:
         """Empty before the first step."""
@@ -187,8 +187,7 @@ class Partition:
         flats, groups = self._zero_flats(), self._optimizer.param_groups
         if self._has_subgroups:
             return flats[0]
-        prefixes = [group["prefix"] for group in groups]
-        return flats[prefixes.index(group_of(name, prefixes))]
+        return flats[[group["name"] for group in groups].index(group_of(name))]
 
     def _link(self) -> None:
         """Show DeepSpeed every group's moments; it looks for them once, after the first group's first step."""

@@ -2,11 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,17 +15,13 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
 )
 from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prx_post.base.errors import ConfigError, PrxPostError
-from prx_post.base.ranks import Ranks
+from prx_post.base.ranks import ALONE, TIMEOUT, Ranks, gathering
 from prx_post.engine.config import TrainConfig, require_whole_matrices
-
-Result = TypeVar("Result")
 
 SUPPORTED = (
     *(DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU),
@@ -59,9 +54,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision="no",
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=list(config.report_to) or None,  # type: ignore[arg-type]
-        project_config=ProjectConfiguration(
-            str(output_folder(config)), logging_dir=str(output_folder(config) / "logs")
-        ),
+        project_config=ProjectConfiguration(str(config.folder), logging_dir=str(config.folder / "logs")),
         # Without a GPU accelerate starts processes only if told that the CPU is meant, but DeepSpeed only if it is not.
         cpu=on_cpu and plugin is None,
         deepspeed_plugin=plugin,
@@ -163,31 +156,11 @@ def autocast(config: TrainConfig, accelerator: Accelerator) -> AbstractContextMa
 
 
 def ranks_of(accelerator: Accelerator) -> Ranks:
-    """This process's share of work that is split by item."""
-
-    def gather(items: list[Any]) -> list[Any]:
-        return gather_object(items) if accelerator.num_processes > 1 else items
-
-    return Ranks(accelerator.process_index, accelerator.num_processes, gather)
-
-
-def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
-    """Do `work` on the main process alone. Its result, which must pickle, or its error reaches every process."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [work(), None]
-        except PrxPostError as error:
-            outcome = [None, error]
-        except OSError as error:
-            at_fault = error.filename or "the disk"
-            outcome = [None, PrxPostError(f"{at_fault} cannot be used: {error.strerror or error}. Check the disk.")]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    result, failure = outcome
-    if failure is not None:
-        raise failure.raised_by_all(accelerator.is_main_process)
-    return result
+    """The run's processes, in a group of their own, which waits for hours: for one that encodes or scores."""
+    if accelerator.num_processes == 1:
+        return ALONE
+    group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+    return gathering(accelerator.process_index, accelerator.num_processes, group)
 
 
 def any_rank(accelerator: Accelerator, value: int) -> int:
@@ -197,14 +170,3 @@ def any_rank(accelerator: Accelerator, value: int) -> int:
     agreed = torch.tensor(value, device=accelerator.device)
     torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
     return int(agreed)
-
-
-def output_folder(config: TrainConfig) -> Path:
-    return Path(str(config.output_dir)).expanduser()
-
-
-def seed_everything(config: TrainConfig, rank: int = 0) -> None:
-    """Seed torch's global generator (adapter init, dropout); data, noise and timesteps have seeds of their own."""
-    torch.manual_seed(config.seed + rank)
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)

@@ -1,6 +1,7 @@
 """What of a run goes into a checkpoint, and how it is put back."""
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,41 +9,19 @@ import torch
 from torch import Tensor
 
 from prx_post.base.errors import PrxPostError
+from prx_post.base.settings import Rules
 from prx_post.engine.checkpointing import SavedState
 from prx_post.engine.config import TrainConfig
 from prx_post.engine.ema import EMA
 from prx_post.engine.partition import Partition, join, split
 
-MUST_STAY = (
-    "seed",
-    "optim",
-    "use_peft",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "method",
-    "head_blocks",
-    "head_width",
-    "renoise_mean",
-    "renoise_std",
-)
-"""Settings without which the saved state means nothing."""
-MAY_CHANGE = frozenset(
-    (
-        *("output_dir", "resume_from_checkpoint", "resume_past_damage", "run_name", "report_to", "logging_steps"),
-        *("num_threads", "save_steps", "save_total_limit", "deepspeed", "ddp_timeout", "cache_dir"),
-        *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product is kept
-    )
-)
-"""Settings that do not touch what is computed; others are mentioned when they have changed."""
 
-
-def check_settings(saved: SavedState, settings: dict[str, Any]) -> list[str]:
+def check_settings(saved: SavedState, settings: dict[str, Any], rules: dict[str, Rules]) -> list[str]:
     """Lines on settings that differ from the checkpoint's. Raises PrxPostError for one that must not."""
     changed = {
         name: (before, settings[name])
         for name, before in saved.info["settings"].items()
-        if name in settings and settings[name] != before and name not in MAY_CHANGE
+        if name in settings and settings[name] != before and rules.get(name, Rules()).resume != "free"
     }
     before, now = saved.info["settings"]["ema_decay"], settings["ema_decay"]
     if (before == 0) != (now == 0):
@@ -50,9 +29,8 @@ def check_settings(saved: SavedState, settings: dict[str, Any]) -> list[str]:
             f"ema_decay is {now}, but must be {'0' if before == 0 else 'above 0'} because {saved.folder} "
             f"{'holds no' if before == 0 else 'goes on with its'} average. Set it back, or start a new run."
         )
-    for name in MUST_STAY:
-        if name in changed:
-            before, now = changed[name]
+    for name, (before, now) in changed.items():
+        if rules.get(name, Rules()).resume == "fixed":
             raise PrxPostError(
                 f"{name} is {now!r}, but must be {before!r} because {saved.folder} was saved with it. "
                 f"Set it back, or start a new run from the emitted pipeline."
@@ -82,10 +60,21 @@ def keep_global_batch(config: TrainConfig, saved: SavedState, world_size: int) -
     )
 
 
-def collect(partition: Partition, ema: EMA, sums: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
-    """This rank's share of the state, copied to the CPU. A collective under ZeRO."""
-    share: dict[str, Tensor] = {}
+def collect(
+    partition: Partition,
+    ema: EMA,
+    buffers: Mapping[str, Tensor],
+    of_this_rank: Mapping[str, Tensor],
+    rank: int,
+    world_size: int,
+) -> dict[str, Tensor]:
+    """This rank's share of the state, copied to the CPU. A collective under ZeRO.
 
+    Args:
+        buffers: of the trained modules, alike on all ranks.
+        of_this_rank: by key; other ranks have other tensors under the same keys.
+    """
+    share: dict[str, Tensor] = {}
     for i, (name, parameter) in enumerate(partition.parameters.items()):
         average = ema.of(parameter)
         whole = {f"model/{name}": partition.weight(name)}
@@ -94,7 +83,9 @@ def collect(partition: Partition, ema: EMA, sums: dict[str, Tensor], rank: int, 
             whole[f"ema/{name}"] = join(parameter, average)
         if i % world_size == rank:
             share |= {key: _copy(value) for key, value in whole.items()}
-    mine = random_state() | {f"sums/{name}": value for name, value in sums.items()}
+    if rank == 0:
+        share |= {f"buffers/{name}": _copy(value) for name, value in buffers.items()}
+    mine = random_state() | dict(of_this_rank)
     return share | {key: _copy(value) for key, value in mine.items()}
 
 
@@ -103,8 +94,8 @@ def _copy(value: Tensor) -> Tensor:
     return value.detach().contiguous().to("cpu", copy=True)
 
 
-def restore(partition: Partition, ema: EMA, saved: SavedState) -> None:
-    """Put back weights, optimizer state and averages.
+def restore(partition: Partition, ema: EMA, buffers: Mapping[str, Tensor], saved: SavedState) -> None:
+    """Put back weights, optimizer state, averages and buffers.
 
     Raises:
         PrxPostError: the checkpoint is of another model.
@@ -132,6 +123,8 @@ def restore(partition: Partition, ema: EMA, saved: SavedState) -> None:
         average = ema.of(parameter)
         if average is not None:
             average.copy_(split(parameter, tensors[f"ema/{name}"].to(average.device)))
+    for name, buffer in buffers.items():
+        buffer.copy_(tensors[f"buffers/{name}"])
 
 
 def random_state() -> dict[str, Tensor]:

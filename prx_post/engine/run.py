@@ -4,9 +4,9 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -15,10 +15,12 @@ from tqdm import tqdm
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import LOCK, FolderLock, make_folder, require_empty
 from prx_post.base.ranks import Ranks
+from prx_post.base.settings import Rules
 from prx_post.engine.checkpointing import LATEST, SavedState, checkpoints, open_checkpoint, select_checkpoint
 from prx_post.engine.config import TrainConfig
-from prx_post.engine.processes import any_rank, build_accelerator, on_main, output_folder, ranks_of
+from prx_post.engine.processes import any_rank, build_accelerator, ranks_of
 from prx_post.engine.resume import check_settings, keep_global_batch
+from prx_post.engine.signals import StopSignals
 
 PEER_LOST = ("closed by peer", "reset by peer", "timed out", "broken pipe", "waiting for clients")
 """Words in torch's errors when another process is gone or does not answer."""
@@ -33,29 +35,64 @@ class Run:
     """One process's view of a run.
 
     Attributes:
-        saved: the checkpoint to resume from, verified; None for a fresh start.
         settings: everything configured, by name; kept in checkpoints, config.yaml and the model card.
+        saved: the checkpoint to resume from, verified; None for a fresh start.
+        ranks: its processes; they wait for each other for hours, so work that takes as long is gathered here.
     """
 
+    config: Any
     accelerator: Accelerator
-    output_dir: Path
     settings: dict[str, Any]
     saved: SavedState | None
     is_finished: bool
-    ranks: Ranks = field(init=False)
+    signals: StopSignals
+    ranks: Ranks
+    log: Any = None
+    """Where images go; set once training begins."""
+    is_planned: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        self.ranks = ranks_of(self.accelerator)
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def output_dir(self) -> Path:
+        return self.config.folder
 
     @property
     def final(self) -> Path:
         """Where the pipeline is emitted."""
         return self.output_dir / "final"
 
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per optimizer step, on all processes."""
+        config = self.config
+        return config.per_device_train_batch_size * self.ranks.world * config.gradient_accumulation_steps
+
+    def transformer(self, pipeline: Any, dtype: torch.dtype = torch.float32) -> Any:
+        """The network of a `PipelineFolder`, loaded; `prx-post plan` gives one without values in its place."""
+        return pipeline.load_transformer(dtype)
+
+    def place(self, module: Any) -> Any:
+        """The module on this process's device."""
+        return module.to(self.device)
+
+    def seed(self, rank: int = 0) -> None:
+        """Seed torch's global generator (adapter init, dropout); data, noise and timesteps have seeds of their own."""
+        torch.manual_seed(self.config.seed + rank)
+
+    def stop_signal(self) -> int:
+        """The stop signal that any process has received, or 0. A collective."""
+        return any_rank(self.accelerator, self.signals.received)
+
 
 @contextmanager
-def open_run(config: TrainConfig, settings: dict[str, Any]) -> Iterator[Run]:
+def open_run(config: TrainConfig, settings: dict[str, Any], rules: dict[str, Rules]) -> Iterator[Run]:
     """Claim `output_dir`, alone, and find what to resume from.
+
+    Args:
+        rules: of every setting; they say which may change on resuming.
 
     Raises:
         PrxPostError: the folder is in use or holds something else; the checkpoint is missing, damaged or of other
@@ -63,11 +100,9 @@ def open_run(config: TrainConfig, settings: dict[str, Any]) -> Iterator[Run]:
     """
     changed_batch = _keep_global_batch(config)
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
-    with _peers_may_be_lost(config):
-        accelerator = build_accelerator(config)
-    if changed_batch and accelerator.is_main_process:
-        tqdm.write(changed_batch)
-    folder, lock = output_folder(config), None
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    folder, lock = config.folder, None
 
     def claim() -> tuple[SavedState | None, bool]:
         nonlocal lock
@@ -78,25 +113,29 @@ def open_run(config: TrainConfig, settings: dict[str, Any]) -> Iterator[Run]:
             _check_finished(config, folder)
             return None, True
         saved = select_checkpoint(config.resume_from_checkpoint, folder, config.resume_past_damage)
-        for line in check_settings(saved, settings) if saved else []:
+        for line in check_settings(saved, settings, rules) if saved else []:
             tqdm.write(line)
         if config.resume_from_checkpoint:
             tqdm.write(f"resuming from {saved.folder}" if saved else f"{folder} has no checkpoint yet: starting afresh")
         return saved, False
 
     try:
-        with _peers_may_be_lost(config):
-            saved, is_finished = on_main(accelerator, claim)
+        with StopSignals() as signals, _peers_may_be_lost(config, signals):
+            accelerator = build_accelerator(config)
+            ranks = ranks_of(accelerator)
+            if changed_batch and ranks.is_main:
+                tqdm.write(changed_batch)
+            saved, is_finished = ranks.on_main(claim)
             _check_shared(config, accelerator)
-            yield Run(accelerator, folder, settings, saved, is_finished)
+            yield Run(config, accelerator, settings, saved, is_finished, signals, ranks)
     finally:
         if lock is not None:
             lock.release()
 
 
 @contextmanager
-def _peers_may_be_lost(config: TrainConfig) -> Iterator[None]:
-    """Raise PeerLost for torch's errors about other processes."""
+def _peers_may_be_lost(config: TrainConfig, signals: StopSignals) -> Iterator[None]:
+    """Raise PeerLost for torch's errors about other processes; or what stopped all of them, if that is known here."""
     try:
         yield
     except RuntimeError as error:
@@ -104,6 +143,8 @@ def _peers_may_be_lost(config: TrainConfig) -> Iterator[None]:
         is_about_peers = isinstance(error, torch.distributed.DistError) or any(w in reason.lower() for w in PEER_LOST)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_about_peers:
             raise
+        if signals.received and not signals.is_training:
+            raise signals.while_preparing() from error
         raise PeerLost(
             f"rank {os.environ['RANK']} stops, because another process died or did not answer within "
             f"{config.ddp_timeout} s (ddp_timeout): {reason[:300]}. Look at the other ranks' output for the cause; "
@@ -126,12 +167,12 @@ def _check_finished(config: TrainConfig, folder: Path) -> None:
 def _check_shared(config: TrainConfig, accelerator: Accelerator, patience_s: float = 10.0) -> None:
     """Raise PrxPostError, on every process, unless all see the folder that the main process has locked."""
     deadline = time.monotonic() + patience_s
-    lock = output_folder(config) / LOCK
+    lock = config.folder / LOCK
     while not lock.exists() and time.monotonic() < deadline:
         time.sleep(0.5)  # a network disk may show it late
     if any_rank(accelerator, int(not lock.exists())):
         raise PrxPostError(
-            f"output_dir is {str(output_folder(config))!r}, which not every process sees. "
+            f"output_dir is {str(config.folder)!r}, which not every process sees. "
             f"Choose one on a disk that every machine sees."
         ).raised_by_all(accelerator.is_main_process)
 
@@ -150,7 +191,7 @@ def _keep_global_batch(config: TrainConfig) -> str | None:
     resume = config.resume_from_checkpoint
     if resume is None:
         return None
-    folders = checkpoints(output_folder(config)) if resume == LATEST else [Path(resume).expanduser()]
+    folders = checkpoints(config.folder) if resume == LATEST else [Path(resume).expanduser()]
     for folder in folders[::-1]:
         try:
             saved = open_checkpoint(folder)

@@ -10,11 +10,11 @@ import numpy as np
 import yaml
 from accelerate.tracking import get_available_trackers
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
-from prx_post.base.files import write_jsonl
-from prx_post.engine.config import TrainConfig
+from prx_post.base.files import json_line, write_jsonl
 from prx_post.engine.run import Run
 
 
@@ -26,10 +26,11 @@ def _to_wandb(tracker: Any, name: str, image: Image.Image, step: int) -> None:
     tracker.log_images({name: [image]}, step=step)
 
 
-LOG_PICTURE = {"tensorboard": _to_tensorboard, "wandb": _to_wandb}
+LOG_IMAGE = {"tensorboard": _to_tensorboard, "wandb": _to_wandb}
 """How each tracker that takes pictures takes them."""
 
 
+EVALUATIONS = "evaluations.jsonl"
 NAMED_RUNS = ("wandb", "trackio")
 """Trackers that take the run's name apart from the project's."""
 
@@ -48,7 +49,8 @@ def check_trackers(names: Sequence[str]) -> None:
 class RunLog:
     """config.yaml, metrics.jsonl (one line a logged step), the trackers of `report_to`, and the progress bar."""
 
-    def __init__(self, accelerator: Any, run: Run, config: TrainConfig) -> None:
+    def __init__(self, run: Run) -> None:
+        accelerator, config = run.accelerator, run.config
         self.accelerator, self.output_dir = accelerator, run.output_dir
         self.is_main = accelerator.is_main_process
         self.path = run.output_dir / "metrics.jsonl"
@@ -95,17 +97,37 @@ class RunLog:
             self.bar.set_postfix(shown)
         self.accelerator.log(metrics, step=step)
 
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Record what the monitor measured, and say it in one line."""
+        if self.is_main:
+            with (self.output_dir / EVALUATIONS).open("a") as file:
+                file.write(json_line({"step": step, **metrics}))
+        shown = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
+        self.say(f"step {step}: {shown}")
+        self.accelerator.log(metrics, step=step)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What `evaluation` has recorded, a line each."""
+        path = self.output_dir / EVALUATIONS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def image(self, step: int, name: str, image: Image.Image, info: PngInfo | None = None) -> None:
         """Save a PNG under samples/ and hand it to the trackers that take pictures."""
         if not self.is_main:
             return
         folder = self.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}-{step:06d}.png"
-        image.save(path)
+        image.save(path, pnginfo=info)
         for tracker in self.accelerator.trackers:
-            if tracker.name in LOG_PICTURE:
-                LOG_PICTURE[tracker.name](tracker, name, image, step)
+            if tracker.name in LOG_IMAGE:
+                LOG_IMAGE[tracker.name](tracker, name, image, step)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Finish the trackers.

@@ -1,108 +1,94 @@
-"""One small loop for every stage: accumulate, clip, step, average, log, sample, save."""
+"""One loop for every stage: accumulate, clip, step, average, log, save, validate."""
 
 import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from prx_post.base.errors import PrxPostError
+from prx_post.base.files import replacing, write_json
 from prx_post.engine.checkpointing import CheckpointWriter, SavedState
-from prx_post.engine.config import TrainConfig
 from prx_post.engine.ema import EMA
 from prx_post.engine.metrics import Window
-from prx_post.engine.optim import build_optimizer, learning_rate_factor
-from prx_post.engine.partition import Partition, join
-from prx_post.engine.processes import any_rank, autocast, on_main, output_folder, ranks_of, uses_deepspeed
-from prx_post.engine.protocols import Batch, to_device
+from prx_post.engine.optim import group_of
+from prx_post.engine.partition import join
+from prx_post.engine.prefetch import Prefetched, can_pin
+from prx_post.engine.processes import any_rank
+from prx_post.engine.protocols import POLICY, Batch, Monitor, Objective, Source, to_device
 from prx_post.engine.resume import collect, restore, set_random_state
-from prx_post.engine.signals import StopRequested, StopSignals
+from prx_post.engine.run import Run
+from prx_post.engine.signals import StopRequested
+from prx_post.engine.stepper import Stepper
 from prx_post.engine.tracking import RunLog
 
-EMITTED = "transformer."
-"""How the names of the weights begin that are averaged and emitted; an objective may train others besides."""
 WRITE_FAILED = 1000
 """Told to other ranks in the place of a signal's number."""
+LINES = ("nonfinite.jsonl", "evaluations.jsonl", "metrics.jsonl")
+BEST, BEST_MARK = "best.safetensors", "best.json"
 
 
 class Trainer:
-    """Fits an objective, an nn.Module whose `forward(batch) -> (loss, metrics)`, to batches of a source.
+    """Fits an objective to the batches of a source, and lets a monitor look at the averaged weights.
 
     Args:
-        sample: called with the step, with the averaged weights in place, at the start, every `sample_steps` and at
-            the end; on the main process, or on all when ZeRO-3 has split the weights.
-        evaluate: called in the same way every `eval_every` steps; its metrics are logged. A PrxPostError that it raises
-            ends the run, with its state saved.
-        watch: called on every process with the step and each line of metrics; may end the run likewise.
-        identity: what a checkpoint must say of the run: its settings and the digest of its data.
+        identity: what a checkpoint must say of the run besides its settings: its stage, the digests of its data.
 
     Attributes:
-        ema: the average of the trained weights; `ema.swapped_in()` to use them.
+        ema: the average of the policy's weights; `ema.swapped_in()` to use them.
         step: optimizer steps done.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        objective: nn.Module,
-        source: Any,
+        run: Run,
+        objective: Objective,
+        source: Source,
+        monitor: Monitor,
         log: RunLog,
-        sample: Callable[[int], None],
         identity: dict[str, Any],
-        *,
-        evaluate: Callable[[int], dict[str, float]] | None = None,
-        eval_every: int = 0,
-        watch: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
-        self._evaluate, self._eval_every, self._watch = evaluate, eval_every, watch
-        self.config, self.accelerator, self.source, self.log, self._sample = config, accelerator, source, log, sample
-        named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        optimizer = build_optimizer(list(named.items()), config)
-        self._base_rates = [group["lr"] for group in optimizer.param_groups]
-        self._prefixes = [group["prefix"] for group in optimizer.param_groups]
-        self._rate_factor = learning_rate_factor(config)
-        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.partition = Partition(named, self.optimizer)
-        self._emitted = {name: p for name, p in named.items() if name.startswith(EMITTED)}
-        self.ema = EMA(self._emitted.values(), config.ema_decay, config.ema_update_steps)
-        self.step = self._updates = self._nonfinite_in_a_row = 0
+        self.run, self.config, self.monitor, self.log, self._identity = run, run.config, monitor, log, identity
+        self._buffers = {
+            f"{group.name}.{name}": buffer
+            for group in objective.groups()
+            for name, buffer in group.module.named_buffers()
+            if name in group.module.state_dict()
+        }
+        self.stepper = Stepper(run.accelerator, objective, self.config)
+        self.objective, self.partition = self.stepper.objective, self.stepper.partition
+        self._policy = {name: p for name, p in self.partition.parameters.items() if group_of(name) == POLICY}
+        self.ema = EMA(self._policy.values(), self.config.ema_decay, self.config.ema_update_steps)
+        self.source = source if source.online else Prefetched(source, self.config.max_steps, can_pin())
+        self.step = self._nonfinite_in_a_row = 0
+        self._saved_at = -1
         self._window = Window()
-        self._identity = identity
         self._writer = CheckpointWriter(
-            output_folder(config),
-            accelerator.process_index,
-            accelerator.num_processes,
-            config.save_total_limit,
-            config.ddp_timeout,
+            run.output_dir, run.ranks.rank, run.ranks.world, self.config.save_total_limit, self.config.ddp_timeout
         )
 
     def resume(self, saved: SavedState) -> None:
-        """Go on from a checkpoint as if the run had never stopped."""
-        restore(self.partition, self.ema, saved)
-        self.step = saved.step
-        self._updates = sum("" not in self.config.waiting(step) for step in range(saved.step))
-        self.source.load_state_dict(saved.info["source"])
-        state = saved.info["trainer"]
+        """Continue from a checkpoint as if the run had never stopped."""
+        restore(self.partition, self.ema, self._buffers, saved)
+        self.step = self._saved_at = saved.step
+        state, ranks = saved.info["trainer"], self.run.ranks
         self._nonfinite_in_a_row, self.ema.num_updates = state["nonfinite_in_a_row"], state["ema_updates"]
-        rank = self.accelerator.process_index
+        self.source.load_state(saved.info["source"], saved.joined("source"))
         self._window.grad_norm = math.nan if state["grad_norm"] is None else state["grad_norm"]
-        same_world = saved.world_size == self.accelerator.num_processes
+        same_world = saved.world_size == ranks.world
         if same_world:
-            set_random_state(saved, rank)
-        if same_world and state["micro_batches_a_step"] == self.config.gradient_accumulation_steps:
-            sums = dict(saved.of_rank(rank).under("sums"))
+            set_random_state(saved, ranks.rank)
+        if same_world and state["micro_batches_per_step"] == self.config.gradient_accumulation_steps:
+            sums = dict(saved.of_rank(ranks.rank).under("sums"))
             self._window.resume(sums, state["window_counts"], state["window_images"])
         else:  # each new process stands for the average of the old ones
-            ranks = [dict(saved.of_rank(r).under("sums")) for r in range(saved.world_size)]
-            micro_batches = saved.info["trainer"]["micro_batches_a_step"]
-            scale = self.config.gradient_accumulation_steps / micro_batches
-            sums = {name: scale * sum(r[name] for r in ranks) / len(ranks) for name in ranks[0]}
+            each = [dict(saved.of_rank(r).under("sums")) for r in range(saved.world_size)]
+            scale = self.config.gradient_accumulation_steps / state["micro_batches_per_step"]
+            sums = {name: scale * sum(of_one[name] for of_one in each) / len(each) for name in each[0]}
             counts = {name: round(count * scale) for name, count in state["window_counts"].items()}
             self._window.resume(sums, counts, state["window_images"])
 
@@ -111,41 +97,194 @@ class Trainer:
 
         Raises:
             StopRequested: a signal asked for it; a checkpoint was saved.
+            StopTraining: the monitor ended the run; a checkpoint was saved.
             PrxPostError: too many steps in a row were not finite, or a checkpoint could not be written.
         """
         config = self.config
-        if self.accelerator.is_main_process:
-            self._writer.clean()
-            self._writer.set_aside_after(self.step)
-        self.accelerator.wait_for_everyone()
-        last = self.log.keep_until(self.step, "nonfinite.jsonl", "evaluations.jsonl", "metrics.jsonl")
+        self.run.ranks.on_main(self._clean_up)
+        last = self.log.keep_until(self.step, *LINES)
+        self.monitor.resume(self.log.evaluations() if self._has_best() else [])
+        self.run.signals.note_only()
         self._window.start()
-        if self.step == 0:
-            self._sample_if(0)
-            self._evaluate_if(0)
-        self.objective.train()
-        batches = iter(self.source)
-        with StopSignals() as signals, self._writer:
-            while self.step < config.max_steps:
-                self._train_step(batches)
-                self.log.advance()
-                if self.step % config.logging_steps == 0 or self.step == config.max_steps:
-                    last = self._write_metrics()
-                self._sample_if(self.step)
-                self._evaluate_if(self.step)
-                stop = self._agree(signals.received)
-                if stop or (
-                    config.save_steps and (self.step % config.save_steps == 0 or self.step == config.max_steps)
-                ):
-                    self.save()
-                if stop:
-                    self._stop(stop)
-            self._finish_saving()
+        with self._writer:
+            try:
+                if self.step == 0:
+                    self._validate_if_due()
+                self.objective.train()
+                while self.step < config.max_steps:
+                    self._train_step()
+                    self.log.advance()
+                    if self.step % config.logging_steps == 0 or self.step == config.max_steps:
+                        last = self._write_metrics()
+                    self._save_if_due_or_stopped()
+                    self._validate_if_due()
+                self._finish_saving()
+            finally:
+                if isinstance(self.source, Prefetched):
+                    self.source.close()
+        if self._nonfinite_in_a_row:
+            self.log.say(f"warning: the last {self._nonfinite_in_a_row} steps were skipped: see nonfinite.jsonl")
         return last
+
+    def save(self) -> None:
+        """Copy the state to the host and begin to write it; training need not wait for the disk."""
+        began = time.perf_counter()
+        self._finish_saving()
+        window, ranks = self._window, self.run.ranks
+        info, tensors = self.source.state()
+        of_this_rank = {f"sums/{name}": value for name, value in window.sums.items()}
+        of_this_rank |= {f"source/{name}": value for name, value in tensors.items()}
+        share = collect(self.partition, self.ema, self._buffers, of_this_rank, ranks.rank, ranks.world)
+        state = {
+            "nonfinite_in_a_row": self._nonfinite_in_a_row,
+            "grad_norm": None if math.isnan(window.grad_norm) else window.grad_norm,
+            "ema_updates": self.ema.num_updates,
+            "window_counts": dict(window.counts),  # it is written while training continues
+            "window_images": window.images,
+            "micro_batches_per_step": self.config.gradient_accumulation_steps,
+        }
+        batch = self.run.global_batch_size
+        told = {"step": self.step, "global_batch_size": batch, "source": info, "trainer": state}
+        self._writer.save(share, {**told, "settings": self.run.settings, **self._identity})
+        self._saved_at = self.step
+        window.excluded_s += time.perf_counter() - began
+
+    def emitted_weights(self) -> dict[str, Tensor]:
+        """The policy's averaged weights, whole, or the best that were kept; by name, on the main process's CPU.
+
+        Empty elsewhere. A collective under ZeRO.
+        """
+        best = self.run.output_dir / BEST
+        if self.run.ranks.on_main(best.is_file):
+            return load_file(best) if self.run.ranks.is_main else {}
+        return self.averaged_weights()
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """As `emitted_weights`, the current average."""
+        found = {}
+        for name, parameter in self._policy.items():
+            average = self.ema.of(parameter)
+            whole = self.partition.weight(name) if average is None else join(parameter, average)
+            if self.run.ranks.is_main:
+                found[name.removeprefix(f"{POLICY}.")] = whole.cpu()
+        return found
+
+    def _train_step(self) -> None:
+        window, stepper = self._window, self.stepper
+        stepper.begin(self.step)
+        window.learning_rate = stepper.schedule.rate(POLICY, self.step)
+        seen: list[Batch] = []
+        losses: list[Tensor] = []
+        for batch in self._timed(self.source.batches(self.step)):
+            with stepper.micro_batch():
+                loss, metrics = stepper.forward(batch)
+                stepper.backward(loss)
+            seen.append(batch)
+            losses.append(loss.detach())
+            images = len(batch["seeds"])
+            window.add({"loss": losses[-1], **metrics, **batch.get("metrics", {})}, images=images)
+        if len(seen) != self.config.gradient_accumulation_steps:
+            raise ValueError(f"the source gave {len(seen)} micro-batches, but must give gradient_accumulation_steps")
+        is_done = stepper.step()
+        if is_done:
+            if POLICY not in stepper.schedule.waiting(self.step):
+                self.ema.update(stepper.schedule.updates_before(POLICY, self.step + 1))
+            window.commit(stepper.grad_norm, stepper.group_norms)
+            self._nonfinite_in_a_row = 0
+        self.step += 1
+        if not is_done:
+            window.discard()
+            self._record_nonfinite(seen, losses)
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Each batch on the device; the time that the loop waits for them is noted."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            batch = to_device(batch, self.run.device)
+            self._window.waited_s += time.perf_counter() - began
+            yield batch
+
+    def _record_nonfinite(self, seen: list[Batch], losses: list[Tensor]) -> None:
+        """Write every process's samples of a skipped step to nonfinite.jsonl; stop after too many such steps."""
+        self._nonfinite_in_a_row += 1
+        ranks, path = self.run.ranks, self.run.output_dir / "nonfinite.jsonl"
+        mine = [
+            {"step": self.step, "rank": ranks.rank, "loss": str(float(loss)), "rows": b["rows"], "seeds": b["seeds"]}
+            for b, loss in zip(seen, losses, strict=True)
+        ]
+        lines = ranks.gather(mine)
+        if ranks.is_main:
+            with path.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        self.log.say(f"step {self.step} skipped: its gradient is not finite. Rows and seeds are in {path}")
+        if self._nonfinite_in_a_row >= self.config.max_nonfinite_steps:
+            raise PrxPostError(
+                f"the gradient was not finite for {self._nonfinite_in_a_row} steps in a row (max_nonfinite_steps), the "
+                f"last of them {self.step}. Their rows and seeds are in {path}. If they look sound, lower "
+                f"learning_rate, and go on from the last checkpoint with resume_from_checkpoint: latest."
+            ).raised_by_all(ranks.is_main)
+
+    def _write_metrics(self) -> dict[str, float]:
+        metrics = self._window.close(self.run.accelerator)
+        self.log.write(self.step, metrics)
+        self._window.start()
+        self._saving_if_it_ends(lambda: self.monitor.watch(self.step, metrics))
+        return metrics
+
+    def _save_if_due_or_stopped(self) -> None:
+        """Agree on signals and save: before anything is generated, which may fail or take long."""
+        config, step = self.config, self.step
+        stop = self._agree(self.run.signals.received)
+        if stop or (config.save_steps and (step % config.save_steps == 0 or step == config.max_steps)):
+            self.save()
+        if stop:
+            self._stop(stop)
+
+    def _validate_if_due(self) -> None:
+        if not self.monitor.is_due(self.step):
+            return
+        began = time.perf_counter()
+        self._saving_if_it_ends(self._validate)
+        self._window.excluded_s += time.perf_counter() - began
+
+    def _validate(self) -> None:
+        self.objective.eval()
+        with self.ema.swapped_in():
+            metrics = self.monitor.validate(self.step)
+        self.objective.train()
+        if metrics:
+            self.log.evaluation(self.step, metrics)
+        if self.monitor.is_best(metrics):
+            self._keep_best(metrics)
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        weights = self.averaged_weights()
+
+        def write() -> None:
+            with replacing(self.run.output_dir / BEST) as partial:
+                save_file({name: value.contiguous() for name, value in weights.items()}, partial)
+            write_json(self.run.output_dir / BEST_MARK, {"step": self.step, "metrics": metrics})
+
+        self.run.ranks.on_main(write)
+
+    def _saving_if_it_ends(self, work: Any) -> None:
+        """Do `work`, which every process does alike; if it ends the run, whatever the reason, save before."""
+        try:
+            work()
+        except Exception as error:
+            if self.step and self.step != self._saved_at:
+                self.save()
+                self._finish_saving()
+            if isinstance(error, StopRequested):
+                self._stop(self.run.stop_signal())
+            raise
 
     def _agree(self, received: int) -> int:
         """The signal that any rank received, or 0. Raises on all ranks if one could not write its checkpoint."""
-        stop = any_rank(self.accelerator, WRITE_FAILED if self._writer.has_failed else received)
+        stop = any_rank(self.run.accelerator, WRITE_FAILED if self._writer.has_failed else received)
         if stop == WRITE_FAILED:
             self._writer.check()
             raise PrxPostError("another rank could not write its share; it says why").raised_by_all(is_main=False)
@@ -156,163 +295,21 @@ class Trainer:
         self._writer.join()
         self._agree(0)
 
-    def save(self) -> None:
-        """Copy the state to the host and begin to write it; training need not wait for the disk."""
-        began = time.perf_counter()
-        self._finish_saving()
-        window = self._window
-        share = collect(
-            self.partition, self.ema, window.sums, self.accelerator.process_index, self.accelerator.num_processes
-        )
-        accumulation = self.config.gradient_accumulation_steps
-        state = {
-            "nonfinite_in_a_row": self._nonfinite_in_a_row,
-            "grad_norm": None if math.isnan(window.grad_norm) else window.grad_norm,
-            "ema_updates": self.ema.num_updates,
-            "window_counts": dict(window.counts),  # it is written while training goes on
-            "window_images": window.images,
-            "micro_batches_a_step": accumulation,
-        }
-        batch = self.config.per_device_train_batch_size * self.accelerator.num_processes * accumulation
-        info = {"step": self.step, "global_batch_size": batch, "source": self.source.state_dict(), "trainer": state}
-        self._writer.save(share, {**info, **self._identity})
-        window.excluded_s += time.perf_counter() - began
-
-    def averaged_weights(self) -> dict[str, Tensor]:
-        """The weights to emit, whole, by name, on the main process's CPU; empty elsewhere. A collective under ZeRO."""
-        found = {}
-        for name, parameter in self._emitted.items():
-            average = self.ema.of(parameter)
-            whole = self.partition.weight(name) if average is None else join(parameter, average)
-            if self.accelerator.is_main_process:
-                found[name] = whole.cpu()
-        return found
-
-    def _train_step(self, batches: Iterator[Batch]) -> None:
-        window, config = self._window, self.config
-        factor, waiting = self._rate_factor(self.step), config.waiting(self.step)
-        for group, rate, prefix in zip(self.optimizer.param_groups, self._base_rates, self._prefixes, strict=True):
-            group["lr"] = 0.0 if prefix in waiting else rate * factor
-        window.learning_rate = self._base_rates[0] * factor
-        with self.partition.unmoved(waiting):
-            seen, grad_norm, norms = self._gradients(batches)
-        self.step += 1
-        self._updates += "" not in waiting
-        if not math.isfinite(grad_norm):  # every process has the same norm, so all skip together
-            self.optimizer.zero_grad()
-            self._record_nonfinite(seen)
-            return
-        self.partition.drop_gradients(waiting)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._nonfinite_in_a_row = 0
-        if "" not in waiting:
-            self.ema.update(self._updates)
-        window.grad_norm = grad_norm
-        norms = {prefix: norm for prefix, norm in norms.items() if prefix not in waiting}
-        of_groups = {f"grad_norm/{prefix.rstrip('.') or 'student'}": torch.tensor(n) for prefix, n in norms.items()}
-        for batch, loss, metrics in seen:
-            window.add({"loss": loss, **metrics, **of_groups}, images=len(batch["seeds"]))
-
-    def _gradients(
-        self, batches: Iterator[Batch]
-    ) -> tuple[list[tuple[Batch, Tensor, dict[str, Tensor]]], float, dict[str, float]]:
-        """Of a step's micro-batches: what was seen, the norm before clipping, and the same by group.
-
-        With DeepSpeed the optimizer has stepped as well.
-        """
-        accelerator, config = self.accelerator, self.config
-        seen, grad_norm = [], math.nan
-        norms: dict[str, float] = {}
-        for _ in range(config.gradient_accumulation_steps):
-            began = time.perf_counter()
-            batch = to_device(next(batches), accelerator.device)
-            self._window.waited_s += time.perf_counter() - began
-            with accelerator.accumulate(self.objective):
-                with autocast(config, accelerator):
-                    loss, metrics = self.objective(batch)
-                seen.append((batch, loss.detach(), metrics))
-                accelerator.backward(loss)  # with DeepSpeed also clips, steps and zeroes
-                if accelerator.sync_gradients:
-                    weights, limit = list(self.partition.parameters.values()), config.max_grad_norm or math.inf
-                    norms = self.partition.gradient_norms()
-                    grad_norm = float(accelerator.clip_grad_norm_(weights, limit))
-        return seen, grad_norm, norms
-
-    def _record_nonfinite(self, seen: list[tuple[Batch, Tensor, dict[str, Tensor]]]) -> None:
-        """Write every process's samples of a skipped step to nonfinite.jsonl; stop after too many such steps."""
-        self._nonfinite_in_a_row += 1
-        rank = self.accelerator.process_index
-        lines = [
-            {"step": self.step, "rank": rank, "loss": str(float(loss)), "rows": b["rows"], "seeds": b["seeds"]}
-            for b, loss, _ in seen
-        ]
-        lines = ranks_of(self.accelerator).gather(lines)
-        path = output_folder(self.config) / "nonfinite.jsonl"
-        if self.accelerator.is_main_process:
-            with path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        self.log.say(f"step {self.step} skipped: its gradient is not finite. Rows and seeds are in {path}")
-        if self._nonfinite_in_a_row >= self.config.max_nonfinite_steps:
-            raise PrxPostError(
-                f"the gradient was not finite for {self._nonfinite_in_a_row} steps in a row (max_nonfinite_steps), the "
-                f"last of them {self.step}. Their rows and seeds are in {path}. If they look sound, lower "
-                f"learning_rate, and go on from the last checkpoint with resume_from_checkpoint: latest."
-            ).raised_by_all(rank == 0)
-
-    def _write_metrics(self) -> dict[str, float]:
-        metrics = self._window.close(self.accelerator)
-        self.log.write(self.step, metrics)
-        self._window.start()
-        if (watch := self._watch) is not None:
-            self._saving_if_stopped(lambda: watch(self.step, metrics))
-        return metrics
-
-    def _sample_if(self, step: int) -> None:
-        if not self._is_due(self.config.sample_steps, step):
-            return
-        weights_are_split = uses_deepspeed(self.accelerator) and self.accelerator.deepspeed_plugin.zero_stage == 3
-        takes_part = self.accelerator.is_main_process or weights_are_split
-        self._with_averages(lambda: self._sample(step) if takes_part else None)
-
-    def _evaluate_if(self, step: int) -> None:
-        evaluate = self._evaluate
-        if evaluate is None or not self._is_due(self._eval_every, step):
-            return
-
-        def work() -> None:
-            metrics = self._with_averages(lambda: on_main(self.accelerator, lambda: evaluate(step)))
-            self.accelerator.log(metrics, step=step)
-
-        self._saving_if_stopped(work)
-
-    def _is_due(self, every: int, step: int) -> bool:
-        return bool(every) and (step % every == 0 or step == self.config.max_steps)
-
-    def _with_averages(self, work: Callable[[], Any]) -> Any:
-        """Do `work` with the averaged weights in place."""
-        began = time.perf_counter()
-        self.objective.eval()
-        with self.ema.swapped_in():
-            result = work()
-        self.objective.train()
-        self.accelerator.wait_for_everyone()
-        self._window.excluded_s += time.perf_counter() - began
-        return result
-
-    def _saving_if_stopped(self, work: Callable[[], None]) -> None:
-        """Do `work`, which every process does alike; if it ends the run by a PrxPostError, save before."""
-        try:
-            work()
-        except PrxPostError as error:
-            if self.step:
-                self.save()
-                self._finish_saving()
-            raise error.raised_by_all(self.accelerator.is_main_process) from None
-
     def _stop(self, number: int) -> None:
         self._finish_saving()
         raise StopRequested(
             f"stopped by {signal.Signals(number).name} after step {self.step}, which is saved. "
             f"Go on with resume_from_checkpoint: latest."
-        ).raised_by_all(self.accelerator.is_main_process)
+        ).raised_by_all(self.run.ranks.is_main)
+
+    def _has_best(self) -> bool:
+        return self.run.ranks.on_main((self.run.output_dir / BEST).is_file)
+
+    def _clean_up(self) -> None:
+        """What a killed run left behind: half a save, later checkpoints, a best of steps that are run again."""
+        self._writer.clean()
+        self._writer.set_aside_after(self.step)
+        mark = self.run.output_dir / BEST_MARK
+        if mark.is_file() and json.loads(mark.read_text())["step"] > self.step:
+            mark.unlink()
+            (self.run.output_dir / BEST).unlink(missing_ok=True)

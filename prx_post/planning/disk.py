@@ -1,72 +1,10 @@
-"""What a run writes: the cache of latents and embeddings, checkpoints, the emitted pipeline."""
+"""What a run writes besides the cache: checkpoints, the emitted pipeline."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from prx_post.base.errors import PrxPostError
-from prx_post.data.buckets import Buckets, Size
-from prx_post.data.config import DataConfig
-from prx_post.data.readers import PictureRows, image_size, read_rows
 from prx_post.engine.config import TrainConfig
-from prx_post.model.checkpoint import DTYPES, PipelineFolder
-from prx_post.model.text import PromptCleaner, tokenize
+from prx_post.model.checkpoint import DTYPES
 from prx_post.planning.dry_run import DryRun
-
-LOOKED_AT = 1000
-"""Rows that are opened; of a longer data set as many are taken at equal distances."""
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """Bytes of latents and embeddings. Of more than LOOKED_AT rows an estimate from those."""
-
-    rows: int
-    looked_at: int
-    latents: int
-    embeddings: int
-
-    @property
-    def total(self) -> int:
-        return self.latents + self.embeddings
-
-
-def cache_size(data: DataConfig, config: TrainConfig, pipeline: PipelineFolder, buckets: Buckets) -> CacheSize | str:
-    """The cache of a local data set, from picture headers and token counts; or why it is not known.
-
-    Nothing is written, so what an earlier run may have put there is not looked up.
-    """
-    if not Path(str(data.dataset_name)).expanduser().exists():
-        return f"{data.dataset_name} is not on this machine"
-    try:
-        rows = read_rows(data)
-        tokenizer = pipeline.load_tokenizer()
-    except (PrxPostError, OSError) as error:
-        return " ".join(str(error).split())
-    chosen = range(len(rows)) if len(rows) <= LOOKED_AT else [i * len(rows) // LOOKED_AT for i in range(LOOKED_AT)]
-    cleaner = PromptCleaner(data.skip_text_cleaning)
-    prompts = {cleaner(rows.prompts[row] or "") for row in chosen} - {""}
-    tokens = [int(tokenize(tokenizer, prompt)["attention_mask"].sum()) for prompt in sorted(prompts)]
-    value_bytes = torch.bfloat16.itemsize if config.bf16 else torch.float32.itemsize
-    embeddings = value_bytes * sum(tokens) * pipeline.configs["transformer"]["context_in_dim"]
-    latents = 0
-    for row in chosen:
-        size = _size(rows, row, buckets)
-        if size is not None:
-            channels, height, width = pipeline.latent_shape(*size)
-            latents += torch.float32.itemsize * channels * height * width
-    scale = len(rows) / len(chosen)
-    return CacheSize(len(rows), len(chosen), round(latents * scale), round(embeddings * scale))
-
-
-def _size(rows: PictureRows, row: int, buckets: Buckets) -> Size | None:
-    if buckets.fixed is not None:
-        return buckets.fixed
-    try:
-        return buckets(*image_size(rows.image_bytes(row)))
-    except OSError:  # a row that the run will leave out and report
-        return None
 
 
 @dataclass(frozen=True)
@@ -85,10 +23,10 @@ class RunSize:
 
 
 def run_size(run: DryRun, config: TrainConfig, use_peft: bool) -> RunSize:
-    average = 4 * run.trained_parameters if config.ema_decay else 0
+    average = 4 * run.averaged_parameters if config.ema_decay else 0
     saves = -(-config.max_steps // config.save_steps) if config.save_steps else 0
     held = saves if config.save_total_limit is None else min(saves, config.save_total_limit + 1)
-    emitted = run.parameters - (run.trained_parameters if use_peft else 0)  # an adapter is merged
+    emitted = run.parameters - (run.averaged_parameters if use_peft else 0)  # an adapter is merged
     return RunSize(
         saves=saves,
         held=held,

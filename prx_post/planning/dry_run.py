@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prx_post.base.ranks import ALONE
 from prx_post.engine.config import TrainConfig
-from prx_post.engine.optim import build_optimizer
-from prx_post.engine.protocols import Batch
+from prx_post.engine.optim import build_optimizer, group_of, named_parameters
+from prx_post.engine.protocols import POLICY, Batch
 from prx_post.model.checkpoint import PipelineFolder
-from prx_post.model.config import ModelConfig
-from prx_post.stages.common import prepare_network
+from prx_post.stages.registry import Stage
 
 
 class StorageWatch(TorchDispatchMode):
@@ -88,6 +88,9 @@ class DryRun:
     """What one step takes in one process that splits nothing, bytes unless it says parameters.
 
     Attributes:
+        parameters: of the network that is emitted.
+        trained_parameters: of all groups; `policy_parameters` of them are averaged and emitted.
+        weights: of everything that is held, frozen networks too; `frozen` of them are held whole by every process.
         activations: the peak of forward and backward pass without gradients: what autograd keeps, the gradients of
             activations, one batch.
         activations_and_gradients: the same with the gradients that exist at that moment.
@@ -104,41 +107,65 @@ class DryRun:
     activations_and_gradients: int
     step_temporaries: int
     accumulates: bool = False
+    frozen: int = 0
+    policy_parameters: int | None = None
+
+    @property
+    def averaged_parameters(self) -> int:
+        return self.trained_parameters if self.policy_parameters is None else self.policy_parameters
 
 
-def dry_run(
-    pipeline: PipelineFolder,
-    model: ModelConfig,
-    config: Any,
-    objective: Callable[[Any, Any], nn.Module],
-    size: tuple[int, int],
-    prompt_tokens: int,
-    device: str,
-) -> DryRun:
+class PlannedRun:
+    """A Run without processes or values: its networks have the right shapes, on tensors that hold nothing."""
+
+    is_planned = True
+
+    def __init__(self, config: Any, device: str) -> None:
+        self.config, self.device, self.ranks = config, torch.device(device), ALONE
+        self.made: list[nn.Module] = []
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+    def transformer(self, pipeline: PipelineFolder, dtype: torch.dtype = torch.float32) -> Any:
+        from diffusers import PRXTransformer2DModel
+
+        with torch.device("meta"):
+            network = PRXTransformer2DModel.from_config(pipeline.configs["transformer"])
+        _move(network, self.device, dtype)
+        self.made.append(network)
+        return network
+
+    def place(self, module: nn.Module) -> nn.Module:
+        _move(module, self.device)
+        return module
+
+
+def dry_run(open_stage: Callable[[Any], Stage], config: Any, device: str) -> DryRun:
     """Observe one optimizer step of a stage.
 
     Args:
-        config: the stage's; its optimizer, accumulation, autocast and gradient checkpointing are followed.
-        objective: makes the stage's objective from the network and `config`.
-        size: height and width of the pictures, pixels.
+        open_stage: makes the stage of its own configuration.
+        config: that one; its optimizer, accumulation, autocast and gradient checkpointing are followed.
         device: whose kernels are meant; `cuda` needs a torch that was built for it, and a GPU.
     """
-    from diffusers import PRXTransformer2DModel
-
-    config = dataclasses.replace(config, torch_compile=False)  # compiled code cannot be watched
-    with torch.device("meta"):
-        network = prepare_network(PRXTransformer2DModel.from_config(pipeline.configs["transformer"]), model, config)
+    stage = open_stage(dataclasses.replace(config, torch_compile=False))  # compiled code cannot be watched
+    run: Any = PlannedRun(stage.config, device)
     with FakeTensorMode():
-        _move(network, device)
-        weights = list(network.parameters())
-        trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-        watch = StorageWatch([*weights, *network.buffers()])
-        for _, parameter in trained:
+        data, batch = stage.example(run)
+        objective = stage.objective(run, data)
+        groups = objective.groups()
+        named = named_parameters(groups)
+        held = {id(p): p for module in (objective, *run.made) for p in module.parameters()}
+        buffers = [b for module in (objective, *run.made) for b in module.buffers()]
+        watch = StorageWatch([*held.values(), *buffers])
+        for parameter in named.values():
             parameter.register_post_accumulate_grad_hook(watch.mark_gradient)
         with watch:
-            _micro_steps(objective(network, config), _batch(pipeline, config, size, prompt_tokens, device), config)
+            _micro_steps(objective, batch, stage.config)
             peaks = watch.peak_without_gradients, watch.peak
-            optimizer = build_optimizer(trained, config)
+            optimizer = build_optimizer(groups, stage.config)
             optimizer.step()  # makes its state
             watch.forget_peaks()
             before = watch.live
@@ -150,24 +177,28 @@ def dry_run(
         for value in values.values()
         if isinstance(value, Tensor)
     )
+    ours = {id(p) for p in objective.parameters()}
+    policy = [p for name, p in named.items() if group_of(name) == POLICY]
     return DryRun(
-        parameters=sum(p.numel() for p in weights),
-        trained_parameters=sum(p.numel() for _, p in trained),
-        weights=sum(p.nbytes for p in weights),
+        parameters=sum(p.numel() for p in objective.policy.parameters()),
+        trained_parameters=sum(p.numel() for p in named.values()),
+        weights=sum(p.nbytes for p in held.values()),
         gradients=watch.gradients,
         optimizer=state,
         activations=peaks[0],
         activations_and_gradients=peaks[1],
         step_temporaries=watch.peak - before,
-        accumulates=config.gradient_accumulation_steps > 1,
+        accumulates=stage.config.gradient_accumulation_steps > 1,
+        frozen=sum(p.nbytes for key, p in held.items() if key not in ours),
+        policy_parameters=sum(p.numel() for p in policy),
     )
 
 
-def _move(network: nn.Module, device: str) -> None:
+def _move(network: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """Replace meta tensors by fake ones of `device`. (`Module.to` would swap them, which fakes refuse.)"""
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            fake = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
             setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
@@ -183,18 +214,3 @@ def _micro_steps(objective: nn.Module, batch: Batch, config: TrainConfig) -> Non
         del metrics
         (loss / config.gradient_accumulation_steps).backward()
         del loss
-
-
-def _batch(
-    pipeline: PipelineFolder, config: TrainConfig, size: tuple[int, int], prompt_tokens: int, device: str
-) -> Batch:
-    samples = config.per_device_train_batch_size
-    width = pipeline.configs["transformer"]["context_in_dim"]
-    text_dtype = torch.bfloat16 if config.bf16 else torch.float32
-    return {
-        "latents": torch.empty(samples, *pipeline.latent_shape(*size), device=device),
-        "prompt_embeds": torch.empty(samples, prompt_tokens, width, dtype=text_dtype, device=device),
-        "prompt_mask": torch.ones(samples, prompt_tokens, dtype=torch.bool, device=device),
-        "seeds": list(range(samples)),
-        "rows": list(range(samples)),
-    }

@@ -42,7 +42,7 @@ def memory(run: DryRun, parallel: Parallel, has_ema: bool) -> Memory:
     Args:
         run: of the same settings, accumulation included.
     """
-    ema = FP32 * run.trained_parameters if has_ema else 0
+    ema = FP32 * run.averaged_parameters if has_ema else 0
     share = (FP32 * run.trained_parameters + run.optimizer + ema) // parallel.num_processes
     split = {0: _whole, 1: _zero_1_2, 2: _zero_1_2, 3: _zero_3}[parallel.zero_stage]
     return split(run, parallel, ema, share)
@@ -113,11 +113,12 @@ def _zero_3(run: DryRun, parallel: Parallel, ema: int, share: int) -> Memory:
     moments, copy, gradients, host = run.optimizer // count, part, part, share
     if parallel.offload:
         host, moments, copy, gradients, first = share + moments + 3 * part, 0, 0, 0, 0
-    state = run.weights // count + copy + gradients + ema
+    weights = run.frozen + (run.weights - run.frozen) // count
+    state = weights + copy + gradients + ema
     backward = max(first, moments) + run.activations + buffers
     step = moments + gradients + gathered + bucket
     return Memory(
-        weights=run.weights // count,
+        weights=weights,
         gradients=gradients,
         optimizer=copy + moments,
         ema=ema,

@@ -10,19 +10,20 @@ from dataclasses import dataclass
 import torch
 
 from prx_post.base.parsing import parse
-from prx_post.base.settings import check_fields, doc, require_one_of
+from prx_post.base.settings import check_fields, doc
 from prx_post.engine.config import require_whole_matrices
 from prx_post.planning import report
-from prx_post.planning.disk import cache_size, run_size
+from prx_post.planning.disk import run_size
 from prx_post.planning.parallel import read_parallel
-from prx_post.planning.planner import STAGES, Planner
+from prx_post.planning.planner import Planner
+from prx_post.stages.registry import REGISTRY, find
 
 
 @dataclass
 class PlanConfig:
     """What is planned, and for which machine. The other settings are the stage's own."""
 
-    stage: str = doc("Stage that is planned: sft.", "sft")
+    stage: str = doc("Stage that is planned.", "sft", one_of=tuple(REGISTRY))
     accelerate_config: str | None = doc(
         "As in a launch: one of TRL's (`multi_gpu`, `zero1`, `zero2`, `zero3`), or an accelerate config file.", None
     )
@@ -35,7 +36,6 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require_one_of("stage", self.stage, STAGES)
 
 
 def run(args: Sequence[str]) -> None:
@@ -46,40 +46,37 @@ def run(args: Sequence[str]) -> None:
 
 def check(args: Sequence[str]) -> tuple[Planner, PlanConfig]:
     """Read and check the settings. Raises PrxPostError as the stage itself would."""
-    stage = STAGES[_stage_name(args)]
-    *parts, plan = parse([*stage.configs, PlanConfig], args, "prx-post plan")
-    model, data, config = parts
+    name = _stage_name(args)
+    *configs, plan = parse([*find(name).configs(), PlanConfig], args, "prx-post plan")
+    config = configs[-1]
     parallel = read_parallel(config, plan.accelerate_config, plan.num_processes)
     if parallel.zero_stage:
         require_whole_matrices(config.optim)
-    return Planner(stage, model, data, config, parallel), plan
+        config.check_zero(parallel.zero_stage, parallel.offload)
+    return Planner(name, configs, parallel), plan
 
 
 def _stage_name(args: Sequence[str]) -> str:
     """Needed before the settings can be read, because it says which there are."""
     flat = [part for arg in args for part in arg.split("=", 1)]
-    name = next((value for flag, value in itertools.pairwise(flat) if flag == "--stage"), "sft")
-    require_one_of("stage", name, STAGES)
-    return name
+    return next((value for flag, value in itertools.pairwise(flat) if flag == "--stage"), "sft")
 
 
 def lines(planner: Planner, plan: PlanConfig) -> list[str]:
     """The whole report."""
-    config = planner.config
+    config, stage = planner.config, planner.stage
     other = planner.dry_run(gradient_checkpointing=not config.gradient_checkpointing)
     run = planner.dry_run()
     needed = planner.memory(run)
-    cache = (
-        None if planner.data.cache == "none" else cache_size(planner.data, config, planner.pipeline, planner.buckets)
-    )
-    written = run_size(run, config, planner.model.use_peft)
+    cache = stage.cache_size()
+    written = run_size(run, config, bool(planner.lora_rank))
     device = plan.device_memory_gib or _device_memory_gib()
     does_not_fit = device is not None and needed.peak > device * report.GIB
     return [
-        *report.settings(plan, planner.model, planner.data, config),
-        *report.network(planner.pipeline, planner.model, run),
+        *report.settings(plan, *planner.configs),
+        *report.network(planner, run),
         *report.memory_table(planner, run, needed, other, device),
-        *report.disk(planner.data, config, cache, written),
+        *report.disk(planner, cache, written),
         *report.steps(config, planner.parallel, cache, written),
         *report.warnings(planner, needed, device, planner.savings(run, other) if does_not_fit else [], cache, written),
     ]

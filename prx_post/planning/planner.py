@@ -1,76 +1,62 @@
 """A stage's settings and what follows from them without training."""
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
-from prx_post.data.buckets import Buckets, Size
-from prx_post.data.config import DataConfig
-from prx_post.model import lora
-from prx_post.model.checkpoint import PipelineFolder, open_pipeline
-from prx_post.model.config import ModelConfig
 from prx_post.planning.dry_run import DryRun, dry_run
 from prx_post.planning.memory import Memory, memory
 from prx_post.planning.parallel import Parallel
-from prx_post.stages.sft import FlowMatchingObjective, SFTConfig
+from prx_post.stages.registry import Stage, find
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What `plan` has to know of a stage: its settings, the last of which extends TrainConfig, and its objective."""
-
-    configs: tuple[type, ...]
-    objective: Callable[[Any, Any], nn.Module]
-
-
-def _flow_matching(network: Any, config: SFTConfig) -> nn.Module:
-    # the assignment of noises needs values, and no memory to speak of
-    return FlowMatchingObjective(network, dataclasses.replace(config, immiscible=False))
-
-
-STAGES = {"sft": Stage((ModelConfig, DataConfig, SFTConfig), _flow_matching)}
-
-
-@dataclass
 class Planner:
-    """A stage's settings and what follows from them without training."""
+    """A stage's settings and what follows from them without training.
 
-    stage: Stage
-    model: ModelConfig
-    data: DataConfig
-    config: Any
-    parallel: Parallel
-    pipeline: PipelineFolder = dataclasses.field(init=False)
-    buckets: Buckets = dataclasses.field(init=False)
+    Args:
+        configs: the stage's own, the last of which extends TrainConfig.
+    """
 
-    def __post_init__(self) -> None:
-        self.pipeline = open_pipeline(str(self.model.model_name_or_path), self.model.model_revision, weights=False)
-        self.buckets = Buckets(self.pipeline, self.data.height, self.data.width)
-        if self.model.use_peft:
-            lora.check_targets(self.pipeline, self.model.lora_target_modules)
+    def __init__(self, name: str, configs: Sequence[Any], parallel: Parallel) -> None:
+        self.name, self.parallel = name, parallel
+        self.configs, self.config = tuple(configs), configs[-1]
+        self.stage = self._open(self.config)
+
+    def _open(self, config: Any) -> Stage:
+        return find(self.name).stage()(*self.configs[:-1], config, planned=True)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {name: value for config in self.configs for name, value in dataclasses.asdict(config).items()}
+
+    @property
+    def lora_rank(self) -> int:
+        """0 if every weight is trained."""
+        return self.settings["lora_r"] if self.settings.get("use_peft") else 0
+
+    @property
+    def cache_dir(self) -> str:
+        return self.settings["cache_dir"]
+
+    @property
+    def has_one_size(self) -> bool:
+        return getattr(self.stage, "size", None) is not None
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """Height and width of what a step takes at most, pixels."""
+        return self.stage.largest_size
 
     @property
     def device(self) -> str:
         """Whose kernels are watched: a fake CUDA tensor needs a real GPU's driver."""
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    @property
-    def largest_size(self) -> Size:
-        """Height and width of the bucket with the most pixels."""
-        if self.buckets.fixed is not None:
-            return self.buckets.fixed
-        sizes = [(int(height), int(width)) for height, width in self.buckets.ratios.values()]
-        return max(sizes, key=lambda size: size[0] * size[1])
-
     def dry_run(self, **changes: Any) -> DryRun:
         """One step of the largest batch, with `changes` to the stage's settings."""
-        config = dataclasses.replace(self.config, **changes)
-        tokens = self.pipeline.max_prompt_tokens
-        return dry_run(self.pipeline, self.model, config, self.stage.objective, self.largest_size, tokens, self.device)
+        return dry_run(self._open, dataclasses.replace(self.config, **changes), self.device)
 
     def memory(self, run: DryRun, parallel: Parallel | None = None) -> Memory:
         return memory(run, parallel or self.parallel, bool(self.config.ema_decay))

@@ -5,11 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from prx_post.data.config import DataConfig
+from prx_post.data.sizes import CacheSize
 from prx_post.engine.config import TrainConfig
-from prx_post.model.checkpoint import PipelineFolder
-from prx_post.model.config import ModelConfig
-from prx_post.planning.disk import CacheSize, RunSize
+from prx_post.planning.disk import RunSize
 from prx_post.planning.dry_run import DryRun
 from prx_post.planning.memory import Memory
 from prx_post.planning.parallel import Parallel
@@ -32,13 +30,16 @@ def settings(*parts: Any) -> list[str]:
     return ["settings", *(f"  {line}" for line in yaml.safe_dump(values, sort_keys=False, width=110).splitlines()), ""]
 
 
-def network(pipeline: PipelineFolder, model: ModelConfig, run: DryRun) -> list[str]:
-    share = 100 * run.trained_parameters / run.parameters
-    kind = f"a LoRA adapter of rank {model.lora_r}" if model.use_peft else "every weight"
+def network(planner: Planner, run: DryRun) -> list[str]:
+    pipeline, policy = planner.stage.pipeline, run.averaged_parameters
+    kind = f"a LoRA adapter of rank {planner.lora_rank}" if planner.lora_rank else "every weight"
+    others = run.trained_parameters - policy
     return [
         f"network   {pipeline.source}, {pipeline.variant}",
         f"  parameters   {run.parameters:>15,}",
-        f"  trained      {run.trained_parameters:>15,}   {share:.2f} %, {kind}",
+        f"  trained      {policy:>15,}   {100 * policy / run.parameters:.2f} %, {kind}",
+        *([f"  and          {others:>15,}   of the methods' own networks"] if others else []),
+        *([f"  frozen                         {gib(run.frozen).strip()} in other networks"] if run.frozen else []),
         "",
     ]
 
@@ -46,13 +47,14 @@ def network(pipeline: PipelineFolder, model: ModelConfig, run: DryRun) -> list[s
 def memory_table(planner: Planner, run: DryRun, needed: Memory, other: DryRun, device: float | None) -> list[str]:
     config, parallel = planner.config, planner.parallel
     height, width = planner.largest_size
+    frozen = "fp32, the frozen ones too" if planner.lora_rank else "fp32"
     one_of = f"one of {parallel.num_processes} processes, {parallel.name}" if parallel.num_processes > 1 else "one GPU"
     if parallel.num_processes == 1 and parallel.zero_stage:
         one_of += f", {parallel.name}"
     on, off = ("on", "off") if config.gradient_checkpointing else ("off", "on")
     kernels = {"cuda": "this GPU's", "cpu": "the CPU's, as there is no GPU here; a GPU's may keep more or less"}
     rows = [
-        ("weights", needed.weights, "fp32, the frozen ones too" if planner.model.use_peft else "fp32"),
+        ("weights", needed.weights, f"{frozen}, {gib(run.frozen).strip()} of other networks" if run.frozen else frozen),
         ("gradients", needed.gradients, "fp32"),
         (
             "optimizer",
@@ -66,8 +68,8 @@ def memory_table(planner: Planner, run: DryRun, needed: Memory, other: DryRun, d
         rows.append(("ZeRO buffers", needed.buffers, "buckets" + (", gathered weights" * (parallel.zero_stage == 3))))
     if run.step_temporaries:
         rows.append(("step", run.step_temporaries, "what the optimizer needs in passing"))
-    largest = "" if planner.buckets.fixed else ", the largest bucket"
-    tokens = planner.pipeline.max_prompt_tokens
+    largest = "" if planner.has_one_size else ", the largest bucket"
+    tokens = planner.stage.pipeline.max_prompt_tokens
     peak = "not all at one time" if needed.peak < sum(size for _, size, _ in rows) else ""
     return [
         f"memory   of {one_of}",
@@ -89,15 +91,17 @@ def _row(name: str, size: int, note: str = "") -> str:
     return f"  {name:13}{gib(size)}   {note}".rstrip()
 
 
-def disk(data: DataConfig, config: TrainConfig, cache: CacheSize | str | None, written: RunSize) -> list[str]:
-    result = ["disk"]
+def disk(planner: Planner, cache: CacheSize | str | None, written: RunSize) -> list[str]:
+    config, result = planner.config, ["disk"]
     if cache is None:
         result.append("  cache        none: encoded on the fly")
     elif isinstance(cache, str):
         result.append(f"  cache        unknown: {cache}")
     else:
         how = "" if cache.looked_at == cache.rows else f"; estimated from {cache.looked_at:,} of them"
-        result.append(_row("cache", cache.total, f"{cache.rows:,} rows{how}; less what is in {data.cache_dir} already"))
+        result.append(
+            _row("cache", cache.total, f"{cache.rows:,} rows{how}; less what is in {planner.cache_dir} already")
+        )
         result.append(f"    latents {gib(cache.latents).strip()}, embeddings {gib(cache.embeddings).strip()}")
     each = f"{written.held} of {gib(written.checkpoint).strip()}, one more than are kept while it is written"
     result.append(_row("checkpoints", written.held * written.checkpoint, each if written.saves else "none"))
@@ -144,7 +148,7 @@ def warnings(
         found.append(f"leaves less than {MARGIN:.0%} of the GPU's {device:.1f} GiB for what is not counted.")
     places = [(Path(planner.config.output_dir), written.held * written.checkpoint + written.transformer, "output_dir")]
     if isinstance(cache, CacheSize):
-        places.append((Path(planner.data.cache_dir), cache.total, "cache_dir"))
+        places.append((Path(planner.cache_dir), cache.total, "cache_dir"))
     for folder, size, name in places:
         there = next(p for p in (folder.expanduser().absolute(), *folder.expanduser().absolute().parents) if p.exists())
         free = shutil.disk_usage(there).free

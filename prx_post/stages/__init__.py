@@ -1,1 +1,1 @@
-"""Post-training stages. A stage builds, fits and emits; it never imports another."""
+"""Stages, a folder each, and what runs any of them."""

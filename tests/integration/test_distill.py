@@ -6,14 +6,14 @@ import shutil
 import pytest
 import torch
 from diffusers import PRXPipeline
+from prx_post.distillation import monitor
 from safetensors.torch import load_file
 
-from prx_post.distillation import monitor
-from prx_post.distillation.pipelines import student_scheduler
 from prx_post.engine.checkpointing import open_checkpoint
 from prx_post.flow import inference_sigmas, seeded_noise
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.stages.distill import train
+from prx_post.stages.distill.pipelines import student_scheduler
 from tests.distilling import PROMPTS, settings
 from tests.faults import weights
 
@@ -247,7 +247,7 @@ def test_a_collapsed_student_ends_the_run_with_its_state_saved(prompts_file, war
 
     monkeypatch.setattr(monitor.StudentMonitor, "_draw", collapsed)
     common = {**EVALUATED, "eval_prompts_file": str(prompts_file), "min_diversity": 0.5, "save_steps": 0}
-    with pytest.raises(monitor.TrainingStopped, match=r"differ by 0.0000 at step 2, .* it has collapsed"):
+    with pytest.raises(monitor.StopTraining, match=r"differ by 0.0000 at step 2, .* it has collapsed"):
         # the untrained student, at step 0, is not judged
         train(*settings(prompts_file, warm_cache, tmp_path / "run", **common))
     open_checkpoint(tmp_path / "run" / "checkpoint-000002").verify()
@@ -256,13 +256,13 @@ def test_a_collapsed_student_ends_the_run_with_its_state_saved(prompts_file, war
 
 def test_a_discriminator_that_is_never_wrong_ends_the_run(prompts_file, warm_cache, tmp_path):
     changes = {"method": ["ladd"], "max_discriminator_accuracy": 0.01, "saturation_patience": 2, "save_steps": 0}
-    with pytest.raises(monitor.TrainingStopped, match=r"in 2 logged windows in a row, .* stopped at step 3"):
+    with pytest.raises(monitor.StopTraining, match=r"in 2 logged windows in a row, .* stopped at step 3"):
         train(*settings(prompts_file, warm_cache, tmp_path / "run", discriminator_warmup_steps=1, **changes))
     open_checkpoint(tmp_path / "run" / "checkpoint-000003").verify()
 
 
 def test_real_pictures_take_their_share_of_every_batch(prompts_file, picture_folder, warm_cache, tmp_path, monkeypatch):
-    from prx_post.distillation.objective import DistillationObjective
+    from prx_post.stages.distill.objective import DistillationObjective
 
     keys = []
     forward = DistillationObjective.forward
@@ -290,7 +290,7 @@ def test_the_dc_ae_variant_is_distilled_as_well(prompts_file, dc_ae_pipeline, tm
 
 
 def test_heads_begin_with_the_statistics_of_the_teachers_latents(prompts_file, warm_cache, tmp_path, monkeypatch):
-    from prx_post.distillation.objective import AdversarialTerm
+    from prx_post.stages.distill.terms import AdversarialTerm
 
     seen = []
     forward = AdversarialTerm.forward

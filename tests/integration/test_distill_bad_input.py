@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from prx_post.base.errors import ConfigError, PrxPostError
-from prx_post.distillation.pipelines import check_fit, student_scheduler
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.stages.distill import train
+from prx_post.stages.distill.pipelines import check_fit, student_scheduler
 from tests.distilling import settings
 from tests.integration.test_bad_input import no_models
 

@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from prx_post.base.errors import ConfigError
+from prx_post.cli import split_flags
 from prx_post.engine.checkpointing import checkpoints, open_checkpoint
-from prx_post.engine.launch import split_flags
 from tests.faults import differences, numbers, sft_arguments, weights
 from tests.processes import Child, Processes, free_port, kill_group, run, wait_for
 

@@ -15,7 +15,9 @@ from prx_post.data.config import DataConfig
 from prx_post.data.encoding import Encoders
 from prx_post.model.checkpoint import PipelineFolder, load
 from prx_post.model.config import ModelConfig
-from prx_post.stages.sft import FlowMatchingObjective, SFTConfig, train
+from prx_post.stages.sft import train
+from prx_post.stages.sft.config import SFTConfig
+from prx_post.stages.sft.objective import FlowMatchingObjective
 from tests.conftest import numbered_pictures
 
 STEPS = 4
@@ -262,10 +264,11 @@ def test_sample_grids_come_at_the_start_on_the_way_and_at_the_end(picture_folder
 
 def test_torch_compile_pads_prompts_to_one_length(picture_folder, warm_cache, tmp_path):
     """Compilation itself takes a minute on a CPU and is left to GPUs; its batches must have one shape."""
+    from prx_post.stages.common import build_source
+
     from prx_post.engine.processes import build_accelerator
     from prx_post.model.checkpoint import open_pipeline
     from prx_post.model.text import PromptCleaner
-    from prx_post.stages.common import build_source
 
     _, _, config = settings(picture_folder, warm_cache, tmp_path / "run", torch_compile=True)
     encoders = Encoders(open_pipeline("tiny"), PromptCleaner(), torch.device("cpu"), torch.float32)

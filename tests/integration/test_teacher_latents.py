@@ -9,12 +9,12 @@ import torch
 from prx_post.base.ranks import Ranks
 from prx_post.data.cache import TensorCache
 from prx_post.data.encoding import Encoders
-from prx_post.distillation import teacher as module
-from prx_post.distillation.config import TeacherConfig
-from prx_post.distillation.teacher import read_training_prompts, teacher_latents
 from prx_post.model.checkpoint import load, open_pipeline
 from prx_post.model.sampler import build_sampler
 from prx_post.model.text import PromptCleaner
+from prx_post.stages.distill import latents as module
+from prx_post.stages.distill.config import TeacherConfig
+from prx_post.stages.distill.latents import read_training_prompts, teacher_latents
 from tests.distilling import arguments
 from tests.processes import run
 

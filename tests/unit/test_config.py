@@ -8,7 +8,7 @@ from prx_post.data.config import DataConfig
 from prx_post.engine.config import TrainConfig
 from prx_post.engine.processes import read_deepspeed_json
 from prx_post.model.config import ModelConfig
-from prx_post.stages.sft import SFTConfig
+from prx_post.stages.sft.config import SFTConfig
 
 KINDS = [ModelConfig, DataConfig, SFTConfig]
 COMPLETE = ["--model_name_or_path", "tiny", "--dataset_name", "data", "--output_dir", "run"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from prx_post.base.errors import ConfigError
-from prx_post.distillation.config import DistillConfig, TeacherConfig
+from prx_post.stages.distill.config import DistillConfig, TeacherConfig
 from tests.distilling import config
 
 

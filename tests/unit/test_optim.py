@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from prx_post.engine.optim import MuonWithAdamW, build_optimizer, learning_rate_factor
-from prx_post.stages.sft import SFTConfig
+from prx_post.stages.sft.config import SFTConfig
 
 
 class Network(nn.Module):

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from prx_post.base.errors import ConfigError
 from prx_post.data.encoding import Encoders
 from prx_post.data.readers import read_rows
+from prx_post.data.sizes import CacheSize, cache_size
 from prx_post.model.text import PromptCleaner
-from prx_post.planning.disk import CacheSize, cache_size, run_size
+from prx_post.planning.disk import run_size
 from prx_post.planning.dry_run import DryRun, StorageWatch
 from prx_post.planning.memory import memory
 from prx_post.planning.parallel import Parallel

@@ -2,7 +2,8 @@ from collections import Counter
 
 import pytest
 
-from prx_post.data.source import BatchSource, DrawPlan, MixedPlan
+from prx_post.data.plan import DrawPlan, MixedPlan
+from prx_post.data.source import BatchSource
 
 
 def test_every_sample_is_drawn_once_an_epoch_though_batches_do_not_divide_it():

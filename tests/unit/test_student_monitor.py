@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prx_post.distillation.monitor import StudentMonitor, TrainingStopped
+from prx_post.engine.signals import StopTraining
+from prx_post.stages.distill.monitor import StudentMonitor
 from tests.distilling import config
 
 
@@ -66,7 +67,7 @@ def test_a_discriminator_must_be_perfect_in_a_row_and_after_its_warm_up(tmp_path
     made = monitor(tmp_path, discriminator_warmup_steps=2, max_discriminator_accuracy=0.9, saturation_patience=2)
     for step, accuracy in ((1, 1.0), (2, 1.0), (3, 0.95), (4, 0.5), (5, 0.9)):
         made.watch(step, {"discriminator_accuracy": accuracy})
-    with pytest.raises(TrainingStopped, match="accuracy 0.930 .* in 2 logged windows in a row.* stopped at step 6"):
+    with pytest.raises(StopTraining, match="accuracy 0.930 .* in 2 logged windows in a row.* stopped at step 6"):
         made.watch(6, {"discriminator_accuracy": 0.93})
 
 
@@ -80,7 +81,7 @@ def test_diversity_is_compared_with_the_teachers(tmp_path, step, own, stops):
     made = monitor(tmp_path, min_diversity=0.5)
     metrics = {"eval/diversity/4_steps": own, "eval/diversity/teacher": 0.1}
     if stops:
-        with pytest.raises(TrainingStopped, match="it has collapsed"):
+        with pytest.raises(StopTraining, match="it has collapsed"):
             made._check_diversity(step, metrics)
     else:
         made._check_diversity(step, metrics)

@@ -20,7 +20,8 @@ from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import emit, load
 from prx_post.model.config import ModelConfig
 from prx_post.model.text import save_text_encoder
-from prx_post.stages.sft import SFTConfig, train
+from prx_post.stages.run import run
+from prx_post.stages.sft.config import SFTConfig
 from prx_post.tiny.datasets import PRETRAIN_SIZE, PRETRAIN_WRONG_CAPTIONS, pretraining_pictures, write_parquet
 from prx_post.tiny.make import autoencoder, judge, language
 from prx_post.tiny.pictures import HEIGHT, WIDTH
@@ -65,15 +66,13 @@ def build(folder: Path, seed: int = 0) -> Path:
     data = folder / "pretrain.parquet"
     if not data.exists():
         write_parquet(pretraining_pictures(seed), data)
-    run = folder / "pretraining"
-    if not (run / "final").exists():
-        shutil.rmtree(run, ignore_errors=True)
-        train(
-            ModelConfig(model_name_or_path=str(start)),
-            DataConfig(dataset_name=str(data), height=HEIGHT, width=WIDTH, cache_dir=str(folder / "cache")),
-            pretraining_config(run, seed),
-        )
-    checkpoint = load(str(run / "final"))
+    pretraining = folder / "pretraining"
+    if not (pretraining / "final").exists():
+        shutil.rmtree(pretraining, ignore_errors=True)
+        model = ModelConfig(model_name_or_path=str(start))
+        images = DataConfig(dataset_name=str(data), height=HEIGHT, width=WIDTH, cache_dir=str(folder / "cache"))
+        run("sft", (model, images, pretraining_config(pretraining, seed)))
+    checkpoint = load(str(pretraining / "final"))
     checkpoint.card = base_card().render()
     return emit(checkpoint, folder / "base", STORED_AS)
 
@@ -89,9 +88,9 @@ def _claim(folder: Path, seed: int) -> None:
         raise PrxPostError(f"{folder} holds a finished build, or one with other settings. Choose another output_dir.")
 
 
-def pretraining_config(run: Path, seed: int) -> SFTConfig:
+def pretraining_config(output_dir: Path, seed: int) -> SFTConfig:
     return SFTConfig(
-        output_dir=str(run),
+        output_dir=str(output_dir),
         max_steps=PRETRAIN_STEPS,
         per_device_train_batch_size=64,
         learning_rate=1e-3,

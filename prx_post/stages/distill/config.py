@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prx_post.base.errors import ConfigError
-from prx_post.base.settings import check_fields, doc, require, require_one_of
+from prx_post.base.settings import check_fields, doc, require
 from prx_post.data.config import DataConfig
-from prx_post.engine.config import TrainConfig
-from prx_post.model.config import ATTENTION_HEADS, SAMPLERS
-from prx_post.rewards.registry import parse_specs
+from prx_post.evaluation.monitor_config import MonitorConfig
+from prx_post.model.config import ATTENTION_HEADS, SAMPLERS, ModelConfig
 
 METHODS = ("trajectory", "ladd", "dmd2")
-NETWORK_OF = {"ladd": "terms.ladd.", "dmd2": "terms.dmd2."}
-"""Where the weights of a method's own network are in the objective."""
+WITH_NETWORK = ("ladd", "dmd2")
+"""Methods that train a network of their own beside the student."""
 
 
 @dataclass
@@ -31,14 +30,19 @@ class TeacherConfig:
         reason="the pipeline refuses less",
     )
     teacher_batch_size: int = doc("Latents that the teacher makes at a time.", 16, above=0)
-    prompts_file: str | None = doc("Training prompts: JSON lines with a `prompt` each.", None)
+    prompts_file: str | None = doc(
+        "Training prompts: JSON lines with a `prompt` each.",
+        None,
+        required=("a file", "the teacher makes a latent of each"),
+        action="Set it to a file of prompts",
+    )
     latents_per_prompt: int = doc("Latents for each prompt, from different noise.", 1, above=0)
     latents_seed: int = doc("Seed of the noise that the teacher's latents begin with.", 0, at_least=0)
     height: int | None = doc("Height, pixels; null: the checkpoint's default_sample_size.", None, above=0)
     width: int | None = doc("Width, pixels; null: the checkpoint's default_sample_size.", None, above=0)
     skip_text_cleaning: bool = doc("Only light prompt cleaning; use the same value at inference.", False)
     cache: str = doc("`disk`, and nothing else: latents and embeddings are read from the cache.", "disk")
-    cache_dir: str = doc("Folder of the cache.", "~/.cache/prx-post")
+    cache_dir: str = doc("Folder of the cache.", "~/.cache/prx-post", resume="free")
     real_fraction: float = doc(
         "Share of each batch that are real pictures, of dataset_name, not the teacher's.", 0.0, between=(0, 1)
     )
@@ -52,15 +56,13 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        reason, action = "the teacher makes a latent of each", "Set it to a file of prompts"
-        require(bool(self.prompts_file), "prompts_file", self.prompts_file, "a file", reason, action)
         reason = "every step reads the teacher's latents and the prompts' embeddings, which are made once"
         require(self.cache == "disk", "cache", self.cache, "disk", reason, "Set it, or leave it out")
         has_pictures = self.dataset_name is not None
         reason, action = f"real_fraction is {self.real_fraction}", "Set both, or neither"
         require(has_pictures == (self.real_fraction > 0), "dataset_name", self.dataset_name, "set", reason, action)
 
-    def real_pictures(self, size: tuple[int, int]) -> DataConfig:
+    def real_images(self, size: tuple[int, int]) -> DataConfig:
         """How the real pictures are read; `real_fraction` must be above 0."""
         return DataConfig(
             dataset_name=self.dataset_name,
@@ -76,19 +78,28 @@ class TeacherConfig:
 
 
 @dataclass
-class DistillConfig(TrainConfig):
+class DistillConfig(MonitorConfig):
     """How the student learns, on top of the training loop's settings."""
 
-    method: list[str] = doc("One or more of `trajectory`, `ladd`, `dmd2`; their losses are added.", ["trajectory"])
+    method: list[str] = doc(
+        "One or more of `trajectory`, `ladd`, `dmd2`; their losses are added.",
+        ["trajectory"],
+        one_of=METHODS,
+        resume="fixed",
+    )
     method_weights: list[float] | None = doc("Weight of each method's loss for the student; null: 1 each.", None)
-    num_inference_steps: int = doc("Steps that the student samples in; it is trained on exactly their noise levels.", 8)
+    num_inference_steps: int = doc(
+        "Steps that the student samples in; it is trained on exactly their noise levels.", 8, above=0
+    )
     guidance_scale: float = doc("1, and nothing else: the student's pictures are made without guidance.", 1.0)
     shift_terminal: float | None = doc(
         "Last noise level before 0 in the emitted scheduler, which stretches the others to it; null: not stretched, so "
         "that the last step can be idle.",
         0.3,
     )
-    sampler: str = doc("`euler`, or `renoise`: every step goes to x0 and back up with new noise.", "euler")
+    sampler: str = doc(
+        "`euler`, or `renoise`: every step goes to x0 and back up with new noise.", "euler", one_of=SAMPLERS
+    )
     timestep_weights: list[float] | None = doc(
         "How often each noise level of the grid is trained, from noise to data; null: equally.", None
     )
@@ -101,8 +112,9 @@ class DistillConfig(TrainConfig):
     head_blocks: list[int] | None = doc(
         "Teacher's blocks, counted from 0, whose tokens a discriminator head judges; null: the last of each quarter.",
         None,
+        resume="fixed",
     )
-    head_width: int = doc("Channels of a discriminator head.", 64, above=0)
+    head_width: int = doc("Channels of a discriminator head.", 64, above=0, resume="fixed")
     discriminator_learning_rate: float = doc(
         "Learning rate of the heads, or of DMD2's fake-score network.", 1e-4, above=0
     )
@@ -110,8 +122,10 @@ class DistillConfig(TrainConfig):
     discriminator_steps_per_generator: int = doc(
         "Steps of those for each step that the student learns in, too.", 1, above=0
     )
-    renoise_mean: float = doc("Mean of the normal variable whose sigmoid is the noise level that is judged.", 1.0)
-    renoise_std: float = doc("Standard deviation of that variable.", 1.0, above=0)
+    renoise_mean: float = doc(
+        "Mean of the normal variable whose sigmoid is the noise level that is judged.", 1.0, resume="fixed"
+    )
+    renoise_std: float = doc("Standard deviation of that variable.", 1.0, above=0, resume="fixed")
     mismatch_fraction: float = doc(
         "Share of real latents under another prompt of the batch among the discriminator's fakes; 0: none.",
         0.0,
@@ -123,18 +137,12 @@ class DistillConfig(TrainConfig):
         at_least=0,
     )
     r1_noise: float = doc("Standard deviation of that penalty's perturbation of real latents.", 0.05, above=0)
-    eval_steps: int = doc("Optimizer steps between two evaluations of the student's average; 0: none.", 0, at_least=0)
-    eval_prompts_file: str | None = doc("Held-out prompts for them: JSON lines with a `prompt` each.", None)
-    eval_num_prompts: int = doc("How many of those, spread evenly over the file; two pictures of each.", 64, above=0)
-    eval_num_inference_steps: list[int] = doc("Numbers of steps at which the student is evaluated.", [8, 4, 2, 1])
-    eval_rewards: list[str] = doc("Rewards of the evaluations, as in `eval`.", [])
-    eval_encoder: str | None = doc(
-        "Encoder of the Fréchet distance to the teacher's pictures and of diversity, as in `eval`; null: neither.",
-        None,
+    eval_num_inference_steps: list[int] | None = doc(
+        "Numbers of steps at which the student is evaluated; null: num_inference_steps.", [8, 4, 2, 1]
     )
-    load_best_model_at_end: bool = doc("Emit the best evaluated average, not the last.", False)
-    metric_for_best_model: str | None = doc("A reward's name, or `fid`, at num_inference_steps.", None)
-    min_diversity: float = doc("Stop when diversity falls below this share of the teacher's.", 0.5, between=(0, 1))
+    min_diversity: float = doc(
+        "Stop when diversity falls below this fraction of the teacher's; 0: never.", 0.5, between=(0, 1)
+    )
     max_discriminator_accuracy: float = doc(
         "Stop when the discriminator is this accurate, 1: never ...", 0.98, between=(0, 1)
     )
@@ -150,8 +158,6 @@ class DistillConfig(TrainConfig):
         self._check_evaluation()
 
     def _check_methods(self) -> None:
-        for name in self.method:
-            require_one_of("method", name, METHODS)
         rule, reason = "one or more different methods", "each adds a loss"
         require(0 < len(set(self.method)) == len(self.method), "method", self.method, rule, reason, "Correct it")
         weights, count = self.method_weights, len(self.method)
@@ -175,7 +181,6 @@ class DistillConfig(TrainConfig):
             reason = "the scheduler divides by zero when it stretches a single level"
             action = "Set it to null: one step has no level to end at"
             require(steps > 1, "shift_terminal", self.shift_terminal, "null for one step", reason, action)
-        require_one_of("sampler", self.sampler, SAMPLERS)
         reason = "trajectory teaches steps to the next level, and re-noising jumps to x0"
         ok = self.sampler == "euler" or "trajectory" not in self.method
         require(ok, "sampler", self.sampler, "euler with trajectory", reason, "Change one of them")
@@ -196,16 +201,13 @@ class DistillConfig(TrainConfig):
             "the heads look the prompt up by attention with as many heads",
         )
         require(value % ATTENTION_HEADS == 0, "head_width", value, rule, reason, action)
-        has_network = any(name in NETWORK_OF for name in self.method)
+        has_network = any(name in WITH_NETWORK for name in self.method)
         for name, plain in (("discriminator_warmup_steps", 0), ("discriminator_steps_per_generator", 1)):
             value, reason = getattr(self, name), f"method is {self.method}, which has no discriminator"
             require(has_network or value == plain, name, value, str(plain), reason, "Leave it out")
         first = self.discriminator_warmup_steps + self.discriminator_steps_per_generator
         reason, action = "the student learns in that step for the first time", "Raise it, or let the student wait less"
         require(first <= self.max_steps, "max_steps", self.max_steps, f"{first} or more", reason, action)
-        for name in ("renoise_mean", "renoise_std", "r1_weight", "r1_noise", "velocity_weight"):
-            value = getattr(self, name)
-            require(math.isfinite(value), name, value, "finite", "it enters the loss", "Correct it")
         rule, reason = "2 or more", "mismatch_fraction takes another prompt of the batch"
         batch, action = self.per_device_train_batch_size, "Raise it, or set mismatch_fraction to 0"
         ok = batch > 1 or not self.mismatch_fraction
@@ -225,37 +227,13 @@ class DistillConfig(TrainConfig):
         require(not (offload and waits), "deepspeed", "an optimizer on the CPU", "zero1 or zero2", reason, "Change it")
 
     def _check_evaluation(self) -> None:
-        steps = self.eval_num_inference_steps
-        rule, reason = "positive and different numbers, num_inference_steps among them", "the student is judged at it"
-        ok = len(set(steps)) == len(steps) and all(n > 0 for n in steps) and self.num_inference_steps in steps
-        require(
-            ok or not self.eval_steps,
-            "eval_num_inference_steps",
-            steps,
-            rule,
-            reason,
-            f"Add {self.num_inference_steps}",
-        )
-        if self.eval_steps:
-            value, reason = self.eval_prompts_file, "evaluations need prompts"
-            require(bool(value), "eval_prompts_file", value, "a file", reason, "Set it, or eval_steps: 0")
-        if self.load_best_model_at_end:
-            reason, action = "the best is found by evaluations", "Set it, or load_best_model_at_end: false"
-            require(self.eval_steps > 0, "eval_steps", self.eval_steps, "above 0", reason, action)
-            known = [spec.label for spec in parse_specs(self.eval_rewards)] + (["fid"] if self.eval_encoder else [])
-            require_one_of("metric_for_best_model", str(self.metric_for_best_model), known)
-
-    def learning_rates(self) -> dict[str, float]:
-        networks = {NETWORK_OF[name]: self.discriminator_learning_rate for name in self.method if name in NETWORK_OF}
-        return {**networks, **super().learning_rates()}
+        value, reason, action = self.eval_prompts_file, "evaluations need prompts", "Set it, or eval_steps: 0"
+        require(bool(value) or not self.eval_steps, "eval_prompts_file", value, "a file", reason, action)
 
     def student_learns(self, step: int) -> bool:
         """Whether optimizer step `step`, counted from 0, changes the student, or only the discriminator."""
         after = step - self.discriminator_warmup_steps
         return after >= 0 and (after + 1) % self.discriminator_steps_per_generator == 0
-
-    def waiting(self, step: int) -> tuple[str, ...]:
-        return () if self.student_learns(step) else ("",)
 
 
 def _zero_of(deepspeed: str) -> tuple[int, bool]:
@@ -267,3 +245,6 @@ def _zero_of(deepspeed: str) -> tuple[int, bool]:
         return int(zero.get("stage", 0)), (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"deepspeed is {deepspeed!r}, which cannot be read: {error}. Check the path.") from error
+
+
+CONFIGS = (ModelConfig, TeacherConfig, DistillConfig)

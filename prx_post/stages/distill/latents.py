@@ -23,10 +23,10 @@ from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, cont
 from prx_post.data.encoding import EncodedCache, Encoders, Sample, fill_cache, prepare, with_what_others_wrote
 from prx_post.data.prompts import read_prompt_rows
 from prx_post.data.readers import PictureRows
-from prx_post.distillation.config import TeacherConfig
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.sampler import Sampler
 from prx_post.model.text import PromptCleaner
+from prx_post.stages.distill.config import TeacherConfig
 
 BATCHES_A_FILE = 16
 """As many batches are lost at most when the work is killed."""
@@ -154,7 +154,7 @@ def _make(batches: Sequence[Sequence[Prompt]], cache: EncodedCache, sampler: Sam
     progress.close()
 
 
-def with_real_pictures(
+def with_real_images(
     config: TeacherConfig,
     rows: PictureRows,
     samples: list[Sample],
@@ -165,7 +165,7 @@ def with_real_pictures(
     ranks: Ranks,
 ) -> tuple[list[Sample], EncodedCache]:
     """The teacher's samples followed by the real ones, and a cache of both."""
-    data = config.real_pictures(size)
+    data = config.real_images(size)
     real, encoded = prepare(data, rows, encoders, Buckets(encoders.pipeline, *size), bad_rows_path, (), ranks)
     assert encoded is not None
     joined = JoinedCache(cache.latents, encoded.latents)

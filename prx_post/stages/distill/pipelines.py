@@ -1,8 +1,7 @@
-"""The student's start and the teacher: whether they fit, and the scheduler that is emitted."""
+"""The teacher beside the student's start: whether they fit, and the scheduler that is emitted."""
 
 import inspect
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +9,17 @@ from torch import Tensor
 
 from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.data.cache import fingerprint
-from prx_post.distillation.config import DistillConfig, TeacherConfig
 from prx_post.flow import inference_sigmas
-from prx_post.model import lora
 from prx_post.model.checkpoint import PipelineFolder, open_pipeline
-from prx_post.model.config import ModelConfig
-from prx_post.model.heads import check_blocks
 from prx_post.model.scheduler import rescheduled
+from prx_post.stages.distill.config import DistillConfig, TeacherConfig
 
 
-@dataclass
-class Pipelines:
-    """The student's start and the teacher, known from their JSON files; and what follows from both.
-
-    Raises:
-        PrxPostError: the two do not fit, or the settings do not fit them.
-    """
-
-    student: PipelineFolder
-    teacher: PipelineFolder
-    size: tuple[int, int]
-    scheduler: Any
-    """The emitted one."""
-    sigmas: Tensor
-
-    @classmethod
-    def open(cls, model: ModelConfig, teacher: TeacherConfig, config: DistillConfig) -> "Pipelines":
-        student_folder = open_pipeline(str(model.model_name_or_path), model.model_revision)
-        teacher_folder = student_folder
-        if teacher.teacher_model_name_or_path is not None:
-            teacher_folder = open_pipeline(teacher.teacher_model_name_or_path, teacher.teacher_model_revision)
-        check_fit(student_folder, teacher_folder)
-        if "ladd" in config.method:
-            check_blocks(config.head_blocks, teacher_folder.configs["transformer"]["depth"])
-        if model.use_peft:
-            lora.check_targets(student_folder, model.lora_target_modules)
-        scheduler, sigmas = student_scheduler(teacher_folder, config)
-        size = teacher_folder.resolve_size(teacher.height, teacher.width)
-        return cls(student_folder, teacher_folder, size, scheduler, sigmas)
+def open_teacher(config: TeacherConfig, student: PipelineFolder, planned: bool = False) -> PipelineFolder:
+    """The teacher, known from its JSON files: the student's own start where none is named."""
+    if config.teacher_model_name_or_path is None:
+        return student
+    return open_pipeline(config.teacher_model_name_or_path, config.teacher_model_revision, weights=not planned)
 
 
 def student_scheduler(teacher: PipelineFolder, config: DistillConfig) -> tuple[Any, Tensor]:

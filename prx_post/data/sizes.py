@@ -1,0 +1,68 @@
+"""How large a data set's latents and embeddings are, from image headers and token counts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from prx_post.base.errors import PrxPostError
+from prx_post.data.buckets import Buckets, Size
+from prx_post.data.config import DataConfig
+from prx_post.data.readers import PictureRows, image_size, read_rows
+from prx_post.model.checkpoint import PipelineFolder
+from prx_post.model.text import PromptCleaner, tokenize
+
+LOOKED_AT = 1000
+"""Rows that are opened; of a longer data set as many are taken at equal distances."""
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes of latents and embeddings. Of more than LOOKED_AT rows an estimate from those."""
+
+    rows: int
+    looked_at: int
+    latents: int
+    embeddings: int
+
+    @property
+    def total(self) -> int:
+        return self.latents + self.embeddings
+
+
+def cache_size(
+    data: DataConfig, pipeline: PipelineFolder, buckets: Buckets, text_dtype: torch.dtype
+) -> CacheSize | str:
+    """The cache of a local data set, from picture headers and token counts; or why it is not known.
+
+    Nothing is written, so what an earlier run may have put there is not looked up.
+    """
+    if not Path(str(data.dataset_name)).expanduser().exists():
+        return f"{data.dataset_name} is not on this machine"
+    try:
+        rows = read_rows(data)
+        tokenizer = pipeline.load_tokenizer()
+    except (PrxPostError, OSError) as error:
+        return " ".join(str(error).split())
+    chosen = range(len(rows)) if len(rows) <= LOOKED_AT else [i * len(rows) // LOOKED_AT for i in range(LOOKED_AT)]
+    cleaner = PromptCleaner(data.skip_text_cleaning)
+    prompts = {cleaner(rows.prompts[row] or "") for row in chosen} - {""}
+    tokens = [int(tokenize(tokenizer, prompt)["attention_mask"].sum()) for prompt in sorted(prompts)]
+    embeddings = text_dtype.itemsize * sum(tokens) * pipeline.configs["transformer"]["context_in_dim"]
+    latents = 0
+    for row in chosen:
+        size = _size(rows, row, buckets)
+        if size is not None:
+            channels, height, width = pipeline.latent_shape(*size)
+            latents += torch.float32.itemsize * channels * height * width
+    scale = len(rows) / len(chosen)
+    return CacheSize(len(rows), len(chosen), round(latents * scale), round(embeddings * scale))
+
+
+def _size(rows: PictureRows, row: int, buckets: Buckets) -> Size | None:
+    if buckets.fixed is not None:
+        return buckets.fixed
+    try:
+        return buckets(*image_size(rows.image_bytes(row)))
+    except OSError:  # a row that the run will leave out and report
+        return None

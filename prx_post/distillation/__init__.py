@@ -1,1 +1,0 @@
-"""Few-step students: what `prx-post distill` is made of."""

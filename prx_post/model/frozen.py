@@ -1,0 +1,73 @@
+"""Frozen networks that answer: a teacher, or the policy as it was. Three ways to hold one, behind one interface.
+
+    AdapterOff     no second network: the policy's own, without its adapter
+    FrozenCopy     a copy, in any precision
+    SlowAverage    a copy that follows the policy
+
+None is registered in the objective, so that no wrapper takes it for something to train or to split. Under ZeRO-3 a copy
+is whole in every process; AdapterOff is split as the policy is.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prx_post.engine.protocols import Prompts
+from prx_post.model.denoiser import guided
+from prx_post.model.text import pad_embeddings
+
+
+class FrozenCopy:
+    """A network with its weights frozen, optionally guided.
+
+    Args:
+        null: embedding of the empty prompt, [L0, E]; needed for a guidance_scale above 1.
+    """
+
+    def __init__(self, transformer: Any, null: Tensor | None = None, guidance_scale: float = 1.0) -> None:
+        self.transformer = transformer.eval().requires_grad_(False)
+        self.null, self.guidance_scale = null, guidance_scale
+
+    @torch.no_grad()
+    def velocity(self, x_t: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+        """fp32, with guidance."""
+        if self.guidance_scale == 1:
+            return guided(self.transformer, prompts, None, 1.0)(x_t, t).float()
+        assert self.null is not None
+        embeds, mask = prompts
+        null, null_mask = pad_embeddings([self.null.to(embeds)] * len(embeds), max(embeds.shape[1], len(self.null)))
+        if null.shape[1] > embeds.shape[1]:
+            missing = null.shape[1] - embeds.shape[1]
+            embeds, mask = nn.functional.pad(embeds, (0, 0, 0, missing)), nn.functional.pad(mask, (0, missing))
+        return guided(self.transformer, (embeds, mask), (null, null_mask), self.guidance_scale)(x_t, t).float()
+
+
+class SlowAverage(FrozenCopy):
+    """A copy that moves a little towards the policy when told to: weight = decay · weight + (1 - decay) · policy's."""
+
+    @torch.no_grad()
+    def follow(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        """`weights`: the policy's, whole, by name; decay 0 replaces the copy."""
+        own = dict(self.transformer.named_parameters())
+        for name, value in weights.items():
+            own[name].lerp_(value.to(own[name]), 1 - decay)
+
+
+class AdapterOff:
+    """The policy, a PeftModel, as it is without its adapter."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def velocity(self, x_t: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+        """fp32."""
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            with self.policy.disable_adapter():
+                return guided(self.policy, prompts, None, 1.0)(x_t, t).float()
+        finally:
+            self.policy.train(was_training)

@@ -1,0 +1,271 @@
+"""What stages that post-train one latent PRX pipeline have in common; each overrides what it does differently."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import write_jsonl
+from prx_post.data.buckets import Size
+from prx_post.data.cache import content_key, fingerprint
+from prx_post.data.encoding import EncodedCache, Encoders, Sample
+from prx_post.data.readers import DataError, PictureRows
+from prx_post.engine.protocols import Batch, Monitor, Objective
+from prx_post.engine.run import Run
+from prx_post.evaluation.monitor import ImageMonitor, Judges
+from prx_post.model import lora
+from prx_post.model.card import ModelCard
+from prx_post.model.checkpoint import PipelineFolder, emit, load, open_pipeline
+from prx_post.model.config import ModelConfig
+from prx_post.model.sampler import Sampler
+from prx_post.model.text import PromptCleaner
+from prx_post.model.trainable import make_trainable, with_weights
+
+CAPTIONS_SHOWN = 4
+
+
+@dataclass
+class Encoded:
+    """What a stage is trained on: samples, and their latents and embeddings.
+
+    Args:
+        name_of: how messages and samples.jsonl call a sample.
+        cache: None if images and prompts are encoded on the fly.
+        num_rows: of the data set, the unusable ones too.
+    """
+
+    samples: list[Sample]
+    rows: PictureRows | None
+    cache: EncodedCache | None
+    encoders: Encoders
+    name_of: Callable[[Sample], str]
+    num_rows: int
+
+    def embed(self, prompt: str) -> Tensor:
+        """[L, D], without padding."""
+        key = content_key(self.encoders.cleaner(prompt))
+        if self.cache is None or key not in self.cache.embeddings:
+            return self.encoders.prompts(prompt)
+        return self.cache.embeddings[key]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.encoders.codec.decode(latents)
+
+    def free(self) -> None:
+        """Let go of the VAE and the text encoder, if what they are needed for is cached."""
+        if self.cache is not None:
+            self.encoders.free()
+
+    def captions(self) -> list[str]:
+        """A few, spread over the data set, each once."""
+        chosen = self.samples[:: max(1, len(self.samples) // CAPTIONS_SHOWN)]
+        return list(dict.fromkeys(sample.prompt for sample in chosen))[:CAPTIONS_SHOWN]
+
+
+class PipelineStage:
+    """A stage that trains the transformer of `model_name_or_path`.
+
+    Args:
+        model: which pipeline, and which of its weights.
+        config: the stage's own settings, which extend MonitorConfig.
+        skip_text_cleaning: the pipeline's flag of this name.
+        cache_dir: where digests of weight files are remembered.
+        size: height and width that are fixed, pixels; None: aspect buckets.
+        planned: for `prx-post plan`, for which neither weights nor data need be there.
+    """
+
+    configs: ClassVar[tuple[type, ...]]
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: Any,
+        skip_text_cleaning: bool,
+        cache_dir: str,
+        size: Size | None,
+        planned: bool = False,
+    ) -> None:
+        self.model, self.config, self.size = model, config, size
+        self.cache_dir = Path(cache_dir).expanduser()
+        self.pipeline = open_pipeline(str(model.model_name_or_path), model.model_revision, weights=not planned)
+        if model.use_peft:
+            lora.check_targets(self.pipeline, model.lora_target_modules)
+        self.judges = Judges.open(config)
+        self.cleaner = PromptCleaner(skip_text_cleaning)
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The one that is emitted."""
+        return self.pipeline.load_scheduler()
+
+    @property
+    def bases(self) -> tuple[PipelineFolder, ...]:
+        """Pipelines whose transformers the run depends on."""
+        return (self.pipeline,)
+
+    @property
+    def largest_size(self) -> Size:
+        return self.size or self.pipeline.resolve_size(None, None)
+
+    def text_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.bf16 else torch.float32
+
+    def encoders(self, run: Run) -> Encoders:
+        """Of the pipeline, each loaded at its first use."""
+        if run.ranks.is_main:
+            self.cleaner.warn_of_lost(self.config.sample_prompts)
+        return Encoders(self.pipeline, self.cleaner, run.device, self.text_dtype())
+
+    def shown_prompts(self) -> list[str]:
+        """Prompts of grids and evaluations, which are to be embedded with the data's own."""
+        return [*self.config.sample_prompts, *self.judges.prompts]
+
+    def policy(self, run: Run) -> Any:
+        """The network in training, with what is to be trained unfrozen."""
+        return make_trainable(run.transformer(self.pipeline), self.model, self.config)
+
+    def identity(self, run: Run, data: Encoded) -> dict[str, str]:
+        """Writes samples.jsonl, a line per sample."""
+        return {
+            "data": run.ranks.on_main(lambda: _record_samples(run, data)),
+            "base": run.ranks.on_main(lambda: self._check_base(run)),
+        }
+
+    def _check_base(self, run: Run) -> str:
+        """An adapter of another base would sit on weights that it was not trained with."""
+        digest = fingerprint(self.cache_dir, *(folder.path / "transformer" for folder in self.bases))
+        if run.saved is not None and run.saved.info["base"] != digest:
+            raise PrxPostError(
+                f"model_name_or_path is {self.pipeline.source!r}, but {run.saved.folder} was trained from another "
+                f"transformer. Set it back, or start a new run."
+            )
+        return digest
+
+    def sampler(self, network: Any, run: Run) -> Sampler:
+        """As the emitted pipeline generates."""
+        config, pipeline = self.config, self.pipeline
+        return Sampler(
+            transformer=network,
+            scheduler=self.scheduler,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            latent_shape=pipeline.latent_shape(*pipeline.resolve_size(*(self.size or (None, None)))),
+            device=run.device,
+            pad_length=pipeline.max_prompt_tokens,
+            autocast=config.bf16,
+        )
+
+    def monitor(self, run: Run, data: Encoded, objective: Objective) -> Monitor:
+        return ImageMonitor(run, self.config, self.sampler(objective.policy, run), data, **self.watched(data))
+
+    def watched(self, data: Encoded) -> dict[str, Any]:
+        """The monitor's judges and prompts."""
+        prompts = self.config.sample_prompts or (data.captions() if self.config.sample_steps else [])
+        judges = self.judges
+        if self.config.eval_steps and not judges.prompts and judges.rewards:
+            judges = Judges(data.captions(), judges.rewards)
+        return {"judges": judges, "grid_prompts": prompts}
+
+    def emit(self, run: Run, data: Encoded, weights: dict[str, Tensor], metrics: dict[str, Any]) -> None:
+        """`final/`, a complete pipeline; for LoRA with the adapter merged, and the adapter in `final-adapter/`."""
+        _check_finite(weights, run)
+        checkpoint = load(self.pipeline)
+        card = self.card(run, data, metrics)
+        network = with_weights(checkpoint.transformer, self.model, weights)
+        if self.model.use_peft:
+            lora.save_adapter(network, run.output_dir / "final-adapter", card.render_adapter())
+            network = lora.merge(network)
+        checkpoint.transformer, checkpoint.scheduler, checkpoint.card = network, self.scheduler, card.render()
+        emit(checkpoint, run.final, self.config.emit_dtype)
+
+    def card(self, run: Run, data: Encoded, metrics: dict[str, Any]) -> ModelCard:
+        config, loss = self.config, metrics["loss"]
+        height, width = self.size or (None, None)
+        return ModelCard(
+            title=run.output_dir.name,
+            stage=type(self).__name__,
+            base=self.pipeline.source,
+            base_is_on_hub=self.pipeline.is_from_hub,
+            data=f"{len(data.samples)} of {data.num_rows} rows",
+            licence=self.pipeline.licence,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            dtype=config.emit_dtype,
+            height=height,
+            width=width,
+            skip_text_cleaning=self.cleaner.skip_text_cleaning,
+            example=next(iter(config.sample_prompts), ModelCard.example),
+            config=run.settings,
+            metrics={
+                "optimizer steps": config.max_steps,
+                "final training loss": "unknown" if loss is None else f"{loss:.4f}",
+            },
+        )
+
+    def example(self, run: Run) -> tuple[Any, Batch]:
+        return None, self.example_batch(run)
+
+    def example_batch(self, run: Run) -> Batch:
+        """Latents and prompts of the largest micro-batch, the prompts of the greatest length."""
+        count, pipeline, device = self.config.per_device_train_batch_size, self.pipeline, run.device
+        tokens, width = pipeline.max_prompt_tokens, pipeline.configs["transformer"]["context_in_dim"]
+        return {
+            "latents": torch.empty(count, *pipeline.latent_shape(*self.largest_size), device=device),
+            "prompt_embeds": torch.empty(count, tokens, width, dtype=self.text_dtype(), device=device),
+            "prompt_mask": torch.ones(count, tokens, dtype=torch.bool, device=device),
+            "seeds": list(range(count)),
+            "rows": list(range(count)),
+            "step": 0,
+        }
+
+    def cache_size(self) -> Any:
+        return None
+
+
+def _record_samples(run: Run, data: Encoded) -> str:
+    """Write what is trained on to samples.jsonl; returns its digest.
+
+    Raises:
+        DataError: the run is resumed on other data than it began with; names the first sample that differs.
+    """
+    samples, name_of = data.samples, data.name_of
+    keys = [(s.image_key, s.prompt_key) for s in samples]
+    digest, path = content_key(json.dumps(keys)), run.output_dir / "samples.jsonl"
+    if run.saved is not None and run.saved.info["data"] != digest:
+        before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        known = {(line["image"], line["prompt_key"]) for line in before}
+        odd = [name_of(s) for s in samples if (s.image_key, s.prompt_key) not in known]
+        odd += [line["name"] for line in before if (line["image"], line["prompt_key"]) not in set(keys)]
+        raise DataError(
+            f"the data set holds other data than {run.saved.folder} was trained on: {len(samples)} samples, "
+            f"{len(before)} before; {odd[0] if odd else 'their order'} differs. "
+            f"Restore it, or start a new run from the emitted pipeline."
+        )
+    lines = [
+        {"name": name_of(s), "size": s.size, "image": s.image_key, "prompt_key": s.prompt_key, "prompt": s.prompt}
+        for s in samples
+    ]
+    write_jsonl(path, lines)
+    return digest
+
+
+def _check_finite(weights: dict[str, Tensor], run: Run) -> None:
+    """Raise PrxPostError, naming the last checkpoint, for a weight that is not finite: nothing such is emitted."""
+    bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if bad:
+        saved = sorted(run.output_dir.glob("checkpoint-*"))
+        raise PrxPostError(
+            f"{len(bad)} of {len(weights)} trained weights are not finite, first {bad[0]}, so no pipeline was emitted. "
+            f"Lower learning_rate; "
+            + (
+                f"the last checkpoint is {saved[-1].name}, look whether an earlier one is sound."
+                if saved
+                else "begin again."
+            )
+        )

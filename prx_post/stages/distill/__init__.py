@@ -1,0 +1,1 @@
+"""`prx-post distill`: few-step students by trajectory regression, LADD or DMD2."""

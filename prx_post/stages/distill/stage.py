@@ -1,0 +1,287 @@
+"""Distillation of a PRX transformer into a student of few steps without guidance."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prx_post.base.settings import require
+from prx_post.data.encoding import Encoders, Sample
+from prx_post.data.plan import MixedPlan
+from prx_post.data.readers import read_rows
+from prx_post.data.sizes import CacheSize
+from prx_post.data.source import LatentSource
+from prx_post.engine.protocols import Batch, Monitor, Objective
+from prx_post.engine.run import Run
+from prx_post.flow import interpolate, sample_timesteps
+from prx_post.model.card import ModelCard
+from prx_post.model.checkpoint import PipelineFolder
+from prx_post.model.config import ModelConfig
+from prx_post.model.heads import DiscriminatorHeads, check_blocks
+from prx_post.model.sampler import Sampler
+from prx_post.model.text import pad_embeddings
+from prx_post.model.trainable import make_trainable
+from prx_post.stages.base import Encoded, PipelineStage
+from prx_post.stages.distill.config import CONFIGS, DistillConfig, TeacherConfig
+from prx_post.stages.distill.latents import read_training_prompts, teacher_latents, with_real_images
+from prx_post.stages.distill.monitor import StudentMonitor
+from prx_post.stages.distill.objective import DistillationObjective, Randomness, Teacher, Term
+from prx_post.stages.distill.pipelines import check_fit, check_same_encoders, open_teacher, student_scheduler
+from prx_post.stages.distill.terms import Adversarial, DistributionMatching, Trajectory
+
+CALIBRATION_SAMPLES = 64
+"""Latents from which the heads' channel statistics are taken."""
+
+
+class Distill(PipelineStage):
+    configs = CONFIGS
+
+    def __init__(
+        self, model: ModelConfig, teacher: TeacherConfig, config: DistillConfig, *, planned: bool = False
+    ) -> None:
+        super().__init__(model, config, teacher.skip_text_cleaning, teacher.cache_dir, None, planned)
+        self.teacher_config = teacher
+        self.teacher_pipeline: PipelineFolder = open_teacher(teacher, self.pipeline, planned)
+        check_fit(self.pipeline, self.teacher_pipeline)
+        if "ladd" in config.method:
+            check_blocks(config.head_blocks, self.teacher_pipeline.configs["transformer"]["depth"])
+        self.student_scheduler, self.sigmas = student_scheduler(self.teacher_pipeline, config)
+        self.image_size = self.size = self.teacher_pipeline.resolve_size(teacher.height, teacher.width)
+        self.prompts = [] if planned else read_training_prompts(teacher, self.cleaner)
+        self.rows = read_rows(teacher.real_images(self.image_size)) if teacher.real_fraction and not planned else None
+        self._teacher_network: Any = None
+
+    @cached_property
+    def scheduler(self) -> Any:
+        return self.student_scheduler
+
+    @property
+    def bases(self) -> tuple[PipelineFolder, ...]:
+        return self.pipeline, self.teacher_pipeline
+
+    def data(self, run: Run) -> Encoded:
+        """The teacher's latents, made as far as they are missing, and the real ones."""
+        self._check_real_fraction(run)
+        if self.teacher_config.teacher_guidance_scale <= 1 and run.ranks.is_main:
+            print(
+                f"warning: teacher_guidance_scale is {self.teacher_config.teacher_guidance_scale:g}, so the student "
+                f"learns from unguided images; PRX checkpoints are meant to be guided, by 4 or 5."
+            )
+        run.ranks.on_main(lambda: check_same_encoders(self.pipeline, self.teacher_pipeline, self.cache_dir))
+        encoders = self.encoders(run)
+        samples, cache = teacher_latents(
+            *(self.teacher_config, self.prompts, encoders, self.image_size),
+            *(lambda: self.teacher_sampler(run), run.ranks, self.shown_prompts()),
+        )
+        if self.rows is not None:
+            bad_rows = run.output_dir / "bad_rows.jsonl"
+            samples, cache = with_real_images(
+                *(self.teacher_config, self.rows, samples, cache, encoders, self.image_size, bad_rows, run.ranks)
+            )
+        encoders.free()
+        return Encoded(samples, self.rows, cache, encoders, self._name_of, len(samples))
+
+    def encoders(self, run: Run) -> Encoders:
+        if run.ranks.is_main:
+            self.cleaner.warn_of_lost(self.shown_prompts())
+        return Encoders(self.teacher_pipeline, self.cleaner, run.device, self.text_dtype())
+
+    def objective(self, run: Run, data: Encoded) -> DistillationObjective:
+        config, shape = self.config, self.teacher_pipeline.configs["transformer"]
+        policy = self.policy(run)
+        null, guidance = data.embed("").to(run.device), self.teacher_config.teacher_guidance_scale
+        teacher = Teacher(self.teacher_network(run), null, guidance, shape["patch_size"])
+        terms: dict[str, Term] = {}
+        networks: dict[str, nn.Module] = {}
+        if "ladd" in config.method:
+            blocks = check_blocks(config.head_blocks, shape["depth"])
+            heads = DiscriminatorHeads(blocks, shape["hidden_size"], shape["context_in_dim"], config.head_width)
+            networks["ladd"] = run.place(heads)
+            if not run.is_planned:
+                self._calibrate(heads, teacher, data)
+        if "dmd2" in config.method:
+            fake = run.transformer(self.teacher_pipeline)
+            networks["dmd2"] = make_trainable(fake, self.model, config)
+        for method in config.method:
+            terms[method] = self._term(method, teacher, networks.get(method))
+        return DistillationObjective(
+            *(policy, teacher, self.sigmas, terms, networks),
+            learning_rate=config.learning_rate,
+            network_learning_rate=config.discriminator_learning_rate,
+            weights=dict(zip(config.method, config.method_weights or [1.0] * len(config.method), strict=True)),
+            learns=config.student_learns,
+            velocity_weight=config.velocity_weight,
+        )
+
+    def _term(self, method: str, teacher: Teacher, network: Any) -> Term:
+        config = self.config
+        if method == "trajectory":
+            return Trajectory(teacher, config.trajectory_teacher_steps)
+        if method == "dmd2":
+            return DistributionMatching(teacher, network)
+        return Adversarial(
+            *(teacher, network),
+            mismatch_fraction=config.mismatch_fraction,
+            r1_weight=config.r1_weight,
+            r1_noise=config.r1_noise,
+        )
+
+    def source(self, run: Run, data: Encoded, objective: Objective) -> LatentSource:
+        config = self.config
+        plan = MixedPlan(
+            first=len(self.prompts),
+            second=len(data.samples) - len(self.prompts),
+            second_fraction=self.teacher_config.real_fraction,
+            global_batch_size=run.global_batch_size,
+            seed=config.seed,
+            num_steps=config.max_steps,
+        )
+        return LatentSource(
+            *(data.samples, None, data.cache, data.encoders, plan),
+            micro_batch_size=config.per_device_train_batch_size,
+            rank=run.ranks.rank,
+            world_size=run.ranks.world,
+            randomness=self.randomness(),
+            pad_length=self.teacher_pipeline.max_prompt_tokens if config.torch_compile else None,
+        )
+
+    def randomness(self) -> Randomness:
+        config = self.config
+        renoising = {
+            "ladd": {"mean": config.renoise_mean, "std": config.renoise_std},
+            "dmd2": {"uniform_fraction": 1.0},
+        }
+        chosen = {name: density for name, density in renoising.items() if name in config.method}
+        return Randomness(self._level_weights, chosen, has_r1="ladd" in config.method and config.r1_weight > 0)
+
+    def _level_weights(self, step: int) -> Tensor:
+        config = self.config
+        is_warm_up = step < config.timestep_warmup_steps
+        weights = config.warmup_timestep_weights if is_warm_up else config.timestep_weights
+        return torch.ones(len(self.sigmas) - 1) if weights is None else torch.tensor(weights)
+
+    def monitor(self, run: Run, data: Encoded, objective: Objective) -> Monitor:
+        config = self.config
+        return StudentMonitor(
+            *(run, config, self.sampler(objective.policy, run), data),
+            **self.watched(data),
+            reference=self.teacher_sampler(run),
+            reference_name="teacher",
+            max_accuracy=config.max_discriminator_accuracy,
+            patience=config.saturation_patience,
+            warmup_steps=config.discriminator_warmup_steps,
+        )
+
+    def teacher_network(self, run: Run) -> Any:
+        """Frozen, in the precision that it is asked in."""
+        if self._teacher_network is None:
+            network = run.place(run.transformer(self.teacher_pipeline, self.text_dtype())).eval().requires_grad_(False)
+            if self.config.gradient_checkpointing:
+                network.enable_gradient_checkpointing()
+            self._teacher_network = network
+        return self._teacher_network
+
+    def teacher_sampler(self, run: Run) -> Sampler:
+        """As the teacher generates: its own scheduler, steps and guidance."""
+        folder, teacher = self.teacher_pipeline, self.teacher_config
+        return Sampler(
+            transformer=self.teacher_network(run),
+            scheduler=folder.load_scheduler(),
+            num_inference_steps=teacher.teacher_num_inference_steps,
+            guidance_scale=teacher.teacher_guidance_scale,
+            latent_shape=folder.latent_shape(*self.image_size),
+            device=run.device,
+            pad_length=folder.max_prompt_tokens,
+            autocast=self.config.bf16,
+        )
+
+    def card(self, run: Run, data: Encoded, metrics: dict[str, Any]) -> ModelCard:
+        teacher, card = self.teacher_config, super().card(run, data, metrics)
+        given = (teacher.height, teacher.width) if teacher.height and teacher.width else (None, None)
+        return dataclasses.replace(
+            card,
+            stage="distill",
+            data=f"{len(data.samples)} latents, of {self.teacher_pipeline.source} (guidance "
+            f"{teacher.teacher_guidance_scale:g}, {teacher.teacher_num_inference_steps} steps) for the prompts of "
+            f"{teacher.prompts_file}",
+            height=given[0],
+            width=given[1],
+            metrics={
+                "method": ", ".join(self.config.method),
+                "noise levels": ", ".join(f"{s:.4f}" for s in self.sigmas.tolist()),
+                **card.metrics,
+            },
+        )
+
+    def example(self, run: Run) -> tuple[Any, Batch]:
+        """The step in which the student learns: the dearest."""
+        config, batch = self.config, self.example_batch(run)
+        drawn = {"level": torch.zeros(len(batch["latents"]), dtype=torch.int64, device=run.device)}
+        drawn["noise"] = drawn["r1_noise"] = torch.empty_like(batch["latents"])
+        for name in self.randomness().renoising:
+            drawn[f"{name}_t"] = torch.empty(len(batch["latents"]), device=run.device)
+            drawn[f"{name}_noise"] = torch.empty_like(batch["latents"])
+        step = next(step for step in range(config.max_steps) if config.student_learns(step))
+        null = batch["prompt_embeds"][0]
+        return _Planned(null), {**batch, **drawn, "step": step}
+
+    def cache_size(self) -> CacheSize | str:
+        path = Path(str(self.teacher_config.prompts_file)).expanduser()
+        if not path.is_file():
+            return f"{path} is not on this machine"
+        prompts = read_training_prompts(self.teacher_config, self.cleaner)
+        channels, height, width = self.pipeline.latent_shape(*self.image_size)
+        embedding = self.pipeline.max_prompt_tokens * self.pipeline.configs["transformer"]["context_in_dim"]
+        latents = len(prompts) * torch.float32.itemsize * channels * height * width
+        unique = len({prompt.key for prompt in prompts})
+        return CacheSize(len(prompts), len(prompts), latents, unique * self.text_dtype().itemsize * embedding)
+
+    def _check_real_fraction(self, run: Run) -> None:
+        fraction, size = self.teacher_config.real_fraction, run.global_batch_size
+        is_whole_or_mixed = fraction in (0, 1) or 0 < round(fraction * size) < size
+        rule, reason = "enough for one sample or more of each kind", f"a step takes {size} samples"
+        action = "Raise per_device_train_batch_size, or choose another fraction"
+        require(is_whole_or_mixed, "real_fraction", fraction, rule, reason, action)
+
+    def _name_of(self, sample: Sample) -> str:
+        """What a sample is called in samples.jsonl: its line in the prompt file, or its image."""
+        if self.rows is not None and not sample.image_key.startswith(sample.prompt_key):
+            return self.rows.name(sample.row)
+        return f"{Path(str(self.teacher_config.prompts_file)).name}:{sample.row + 1}"
+
+    def _calibrate(self, heads: DiscriminatorHeads, teacher: Teacher, data: Encoded) -> None:
+        """Set the heads' channel statistics from some latents, noised as in training; the same on every process."""
+        config, cache, size = self.config, data.cache, self.teacher_config.teacher_batch_size
+        assert cache is not None
+        assert teacher.null is not None
+        chosen = data.samples[:: max(1, len(data.samples) // CALIBRATION_SAMPLES)][:CALIBRATION_SAMPLES]
+        device, generator = teacher.null.device, torch.Generator().manual_seed(config.seed)
+
+        def batches() -> Iterator[Tensor]:
+            for start in range(0, len(chosen), size):
+                part = chosen[start : start + size]
+                x0 = torch.stack([cache.latents[s.image_key] for s in part])
+                prompts = pad_embeddings([cache.embeddings[s.prompt_key].to(device) for s in part])
+                t = sample_timesteps(len(part), mean=config.renoise_mean, std=config.renoise_std, generator=generator)
+                x_t = interpolate(x0, torch.randn(x0.shape, generator=generator), t)
+                yield teacher.tokens(heads.blocks, x_t.to(device), t.to(device), prompts)
+
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            heads.calibrate(batches())
+
+
+@dataclasses.dataclass
+class _Planned:
+    """Stands for the data where nothing is trained."""
+
+    null: Tensor
+
+    def embed(self, prompt: str) -> Tensor:
+        return self.null
+
+
+STAGE = Distill

@@ -1,0 +1,1 @@
+"""`prx-post sft`: supervised fine-tuning by flow matching."""
