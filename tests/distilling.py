@@ -113,7 +113,7 @@ def batch(count: int = 3, step: int = 0, levels: list[float] | None = None) -> d
     embeds, mask = prompts(*["472", "eighty-one", "trois cent six", "12"][:count])
     latents = torch.randn(count, 4, 8, 16, generator=torch.Generator().manual_seed(5))
     seeds = [11 + 100 * i for i in range(count)]
-    draw = Randomness(lambda step: torch.tensor(levels or [1.0] * 4), DENSITIES, has_r1=True)
+    draw = Randomness(lambda step: torch.tensor(levels or [1.0] * 4, dtype=torch.float32), DENSITIES, has_r1=True)
     drawn = [draw(seed, latents.shape[1:], step) for seed in seeds]
     given = {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
     return {

@@ -6,18 +6,11 @@ import pytest
 import yaml
 
 from prx_post.base.parsing import parse
-from prx_post.data.config import DataConfig
-from prx_post.evaluation.evaluate import EvalConfig
-from prx_post.model.config import ModelConfig
-from prx_post.stages.distill.config import DistillConfig, TeacherConfig
-from prx_post.stages.sft.config import SFTConfig
+from prx_post.evaluation.config import EvalConfig
+from prx_post.stages.registry import REGISTRY
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.yaml"))
-KINDS = {
-    "sft": [ModelConfig, DataConfig, SFTConfig],
-    "distill": [ModelConfig, TeacherConfig, DistillConfig],
-    "eval": [EvalConfig],
-}
+KINDS = {**{name: entry.configs() for name, entry in REGISTRY.items()}, "eval": [EvalConfig]}
 
 
 def test_there_are_configs():

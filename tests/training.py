@@ -1,66 +1,89 @@
 """The smallest thing that can be trained: two weights, each with a gradient that a batch states outright."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prx_post.base.ranks import ALONE
 from prx_post.engine.config import TrainConfig
 from prx_post.engine.processes import build_accelerator
+from prx_post.engine.protocols import POLICY, Objective, ParamGroup, always
 from prx_post.engine.run import Run
+from prx_post.engine.signals import StopSignals
 from prx_post.engine.tracking import RunLog
 from prx_post.engine.trainer import Trainer
 
 
-class TwoWeights(nn.Module):
+class TwoWeights(Objective):
     """loss = mean(x) · policy + mean(y) · head, so the gradients are mean(x) and mean(y). Both weights start at 1."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, rate: float, head_rate: float | None = None, head_learns: Callable[[int], bool] = always
+    ) -> None:
         super().__init__()
-        self.transformer = nn.ParameterDict({"w": nn.Parameter(torch.ones(()))})
+        self.policy = nn.ParameterDict({"w": nn.Parameter(torch.ones(()))})
         self.head = nn.ParameterDict({"w": nn.Parameter(torch.ones(()))})
+        self.rate, self.head_rate, self.head_learns = rate, head_rate or rate, head_learns
+
+    def groups(self) -> list[ParamGroup]:
+        return [
+            ParamGroup(POLICY, self.policy, self.rate),
+            ParamGroup("head", self.head, self.head_rate, self.head_learns),
+        ]
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         x, y = batch["x"].mean(), batch["y"].mean()
-        return x * self.transformer["w"] + y * self.head["w"], {"x": x}
+        return x * self.policy["w"] + y * self.head["w"], {"x": x}
 
 
 class ListSource:
     """Micro-batches from a list of (x, y) lists, one of them an optimizer step."""
 
+    online = False
+
     def __init__(self, steps: list[list[tuple[float, float]]]) -> None:
-        self.steps, self.step = steps, 0
+        self.steps = steps
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {}, {}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.step = state["step"]
+    def load_state(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        assert (info, tensors) == ({}, {})
 
-    def __iter__(self):
-        for step in range(self.step, len(self.steps)):
-            for i, (x, y) in enumerate(self.steps[step]):
-                self.step = step + (i == len(self.steps[step]) - 1)
-                yield {"x": torch.tensor([x]), "y": torch.tensor([y]), "seeds": [step], "rows": [10 * step + i]}
+    def batches(self, step: int) -> Iterator[dict[str, Any]]:
+        for i, (x, y) in enumerate(self.steps[step]):
+            yield {"x": torch.tensor([x]), "y": torch.tensor([y]), "seeds": [step], "rows": [10 * step + i]}
 
 
-class Config(TrainConfig):
-    head_rate: float | None = None
-    head_learns_every = 1
+class NoMonitor:
+    """Never looks; a test may give it functions that do."""
 
-    def learning_rates(self) -> dict[str, float]:
-        return {"": self.learning_rate, **({"head.": self.head_rate} if self.head_rate else {})}
+    def __init__(self, **functions: Any) -> None:
+        vars(self).update(functions)
 
-    def waiting(self, step: int) -> tuple[str, ...]:
-        return () if (step + 1) % self.head_learns_every == 0 else ("head.",)
+    def is_due(self, step: int) -> bool:
+        return False
+
+    def validate(self, step: int) -> dict[str, float]:
+        return {}
+
+    def watch(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        return False
+
+    def resume(self, evaluations: list[dict[str, Any]]) -> None:
+        pass
 
 
-def config(output_dir: Path, steps: int, **changes: Any) -> Config:
+def config(output_dir: Path, steps: int, **changes: Any) -> TrainConfig:
     """Adam without memory and with an offset of 1: a weight moves by rate · g / (|g| + 1)."""
-    head = {name: changes.pop(name) for name in ("head_rate", "head_learns_every") if name in changes}
-    made = Config(
+    return TrainConfig(
         **{
             **{"output_dir": str(output_dir), "max_steps": steps, "per_device_train_batch_size": 1},
             **{"learning_rate": 0.1, "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 1.0},
@@ -69,25 +92,23 @@ def config(output_dir: Path, steps: int, **changes: Any) -> Config:
             **changes,
         }
     )
-    for name, value in head.items():
-        setattr(made, name, value)
-    return made
 
 
-def trainer(settings: Config, steps: list[list[tuple[float, float]]]) -> Trainer:
+def trainer(
+    settings: TrainConfig, steps: list[list[tuple[float, float]]], monitor: Any = None, source: Any = None, **rates: Any
+) -> Trainer:
     accelerator = build_accelerator(settings)
-    folder = Path(str(settings.output_dir))
-    folder.mkdir(exist_ok=True)
-    run = Run(accelerator, folder, {"ema_decay": settings.ema_decay}, None, False)
-    log = RunLog(accelerator, run, settings)
-    identity = {"stage": "test", "settings": run.settings, "data": "", "base": ""}
-    return Trainer(settings, accelerator, TwoWeights(), ListSource(steps), log, lambda step: None, identity)
+    settings.folder.mkdir(exist_ok=True)
+    run = Run(settings, accelerator, {"ema_decay": settings.ema_decay}, None, False, StopSignals(), ALONE)
+    objective = TwoWeights(settings.learning_rate, **rates)
+    identity = {"stage": "test", "data": "", "base": ""}
+    return Trainer(run, objective, source or ListSource(steps), monitor or NoMonitor(), RunLog(run), identity)
 
 
 def weights(trained: Trainer) -> tuple[float, float]:
     """The policy's and the head's."""
     objective: Any = trained.objective
-    return objective.transformer["w"].item(), objective.head["w"].item()
+    return objective.policy["w"].item(), objective.head["w"].item()
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

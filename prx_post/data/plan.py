@@ -54,10 +54,7 @@ class DrawPlan:
     def _draw(self, group: int, position: int) -> Draw:
         members = self._groups[group]
         epoch, place = divmod(position, len(members))
-        return Draw(
-            int(members[self._permutation(group, epoch)[place]]),
-            int(np.random.SeedSequence([self.seed, group, position]).generate_state(1, np.uint64)[0] >> 1),
-        )
+        return Draw(int(members[self._permutation(group, epoch)[place]]), stream(self.seed, group, position))
 
     def _permutation(self, group: int, epoch: int) -> np.ndarray:
         key = (group, epoch)

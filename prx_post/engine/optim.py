@@ -126,7 +126,7 @@ class Schedule:
             for step in range(config.max_steps):
                 counts.append(counts[-1] + bool(group.updates(step)))
             self._done[group.name] = counts
-            self._factors[group.name] = learning_rate_factor(config, config.max_steps)
+            self._factors[group.name] = learning_rate_factor(config, max(1, counts[-1]))
 
     def updates_before(self, name: str, step: int) -> int:
         """How many updates the group has had when step `step`, counted from 0, begins."""
@@ -139,7 +139,7 @@ class Schedule:
     def rate(self, name: str, step: int) -> float:
         """0 for a group that waits."""
         group = self._groups[name]
-        return group.lr * self._factors[name](step) if group.updates(step) else 0.0
+        return group.lr * self._factors[name](self._done[name][step]) if group.updates(step) else 0.0
 
 
 def learning_rate_factor(config: TrainConfig, num_updates: int) -> Callable[[int], float]:

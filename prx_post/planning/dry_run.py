@@ -131,14 +131,11 @@ class PlannedRun:
     def transformer(self, pipeline: PipelineFolder, dtype: torch.dtype = torch.float32) -> Any:
         from diffusers import PRXTransformer2DModel
 
-        with torch.device("meta"):
-            network = PRXTransformer2DModel.from_config(pipeline.configs["transformer"])
-        _move(network, self.device, dtype)
+        network = PRXTransformer2DModel.from_config(pipeline.configs["transformer"]).to(dtype)
         self.made.append(network)
         return network
 
     def place(self, module: nn.Module) -> nn.Module:
-        _move(module, self.device)
         return module
 
 
@@ -152,9 +149,14 @@ def dry_run(open_stage: Callable[[Any], Stage], config: Any, device: str) -> Dry
     """
     stage = open_stage(dataclasses.replace(config, torch_compile=False))  # compiled code cannot be watched
     run: Any = PlannedRun(stage.config, device)
-    with FakeTensorMode():
+    fakes = FakeTensorMode()
+    with fakes:
         data, batch = stage.example(run)
+    with torch.device("meta"):  # outside, for peft moves an adapter to its layer's device, which fakes refuse
         objective = stage.objective(run, data)
+    with fakes:
+        for module in (objective, *run.made):
+            _move(module, run.device)
         groups = objective.groups()
         named = named_parameters(groups)
         held = {id(p): p for module in (objective, *run.made) for p in module.parameters()}
@@ -194,14 +196,16 @@ def dry_run(open_stage: Callable[[Any], Stage], config: Any, device: str) -> Dry
     )
 
 
-def _move(network: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+def _move(network: nn.Module, device: torch.device) -> None:
     """Replace meta tensors by fake ones of `device`. (`Module.to` would swap them, which fakes refuse.)"""
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            fake = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
-            setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
+            if parameter.is_meta:  # not one that another module shares and that was moved there
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+            if buffer.is_meta:
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def _micro_steps(objective: nn.Module, batch: Batch, config: TrainConfig) -> None:

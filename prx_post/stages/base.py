@@ -96,7 +96,7 @@ class PipelineStage:
         self.pipeline = open_pipeline(str(model.model_name_or_path), model.model_revision, weights=not planned)
         if model.use_peft:
             lora.check_targets(self.pipeline, model.lora_target_modules)
-        self.judges = Judges.open(config)
+        self.judges = Judges([], {}) if planned else Judges.open(config)
         self.cleaner = PromptCleaner(skip_text_cleaning)
 
     @cached_property

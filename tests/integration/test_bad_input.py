@@ -5,8 +5,8 @@ import json
 import pytest
 
 from prx_post.data.readers import DataError
-from prx_post.stages.sft import train
 from tests.integration.test_sft import settings
+from tests.running import train_sft as train
 
 
 def no_models(monkeypatch):

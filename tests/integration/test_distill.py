@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from prx_post.engine.checkpointing import open_checkpoint
 from prx_post.flow import inference_sigmas, seeded_noise
 from prx_post.model.checkpoint import open_pipeline
-from prx_post.stages.distill import train
 from prx_post.stages.distill.pipelines import student_scheduler
 from tests.distilling import PROMPTS, settings
 from tests.faults import weights
+from tests.running import train_distill as train
 
 
 def metrics(run) -> list[dict]:

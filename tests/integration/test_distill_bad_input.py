@@ -8,10 +8,10 @@ import pytest
 
 from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.model.checkpoint import open_pipeline
-from prx_post.stages.distill import train
 from prx_post.stages.distill.pipelines import check_fit, student_scheduler
 from tests.distilling import settings
 from tests.integration.test_bad_input import no_models
+from tests.running import train_distill as train
 
 
 def test_what_does_not_fit_is_said_before_a_model_loads(prompts_file, dc_ae_pipeline, tmp_path, monkeypatch):

@@ -15,10 +15,10 @@ from prx_post.base.files import FolderLock
 from prx_post.data.cache import checksum
 from prx_post.engine import checkpointing
 from prx_post.engine.checkpointing import DamagedCheckpoint, checkpoints
-from prx_post.stages.sft import train
 from tests.faults import Limits, differences, kill_trials, numbers, run_child, sft_arguments, weights
 from tests.integration.test_sft import settings
 from tests.processes import Processes, wait_for
+from tests.running import train_sft as train
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from prx_post.data.config import DataConfig
 from prx_post.data.encoding import Encoders
 from prx_post.model.checkpoint import PipelineFolder, load
 from prx_post.model.config import ModelConfig
-from prx_post.stages.sft import train
 from prx_post.stages.sft.config import SFTConfig
 from prx_post.stages.sft.objective import FlowMatchingObjective
 from tests.conftest import numbered_pictures
+from tests.running import train_sft as train
 
 STEPS = 4
 

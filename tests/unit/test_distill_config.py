@@ -33,7 +33,7 @@ from tests.distilling import config
         ({"deepspeed": "zero2_offload", "discriminator_warmup_steps": 5}, "optimizer on the CPU"),
         ({"eval_steps": 10}, "eval_prompts_file is None, but must be a file"),
         ({"eval_steps": 10, "eval_prompts_file": "x"}, r"eval_num_inference_steps is \[8, 4, 2, 1\]"),
-        ({"load_best_model_at_end": True}, "eval_steps is 0, but must be above 0"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end is True, but must be off without eval_steps"),
         ({"max_discriminator_accuracy": 1.5}, "between 0 and 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """The student's losses, and the ways in which distillations are known to go wrong, each a test."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from prx_post.flow import interpolate
 from prx_post.model.denoiser import predict_velocity
 from prx_post.objectives import ladd
-from tests.distilling import GUIDANCE, SIGMAS, batch, objective
+from prx_post.stages.distill.objective import Randomness
+from tests.distilling import DENSITIES, GUIDANCE, SIGMAS, batch, config, objective
 
 
 def gradients(model: torch.nn.Module, data: dict) -> dict[str, torch.Tensor]:
@@ -26,13 +28,13 @@ def test_every_method_gives_the_student_a_gradient_and_the_teacher_none():
     for method in ("ladd", "trajectory", "dmd2"):
         model = objective(method=[method])
         grads = gradients(model, batch())
-        assert size(grads, "transformer.") > 1e-6, method
+        assert size(grads, "policy.") > 1e-6, method
         assert all(p.grad is None for p in model.teacher.transformer.parameters())
 
 
 def test_the_teacher_is_no_part_of_the_module():
     model = objective(method=["ladd", "trajectory", "dmd2"])
-    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"transformer", "terms"}
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"policy", "networks"}
     ours = {id(p) for p in model.parameters()}
     assert not ours & {id(p) for p in model.teacher.transformer.parameters()}
 
@@ -42,8 +44,7 @@ def test_pure_noise_goes_to_the_student_only_at_level_one():
     model = objective()
     data = batch()
     for level, sigma in enumerate(SIGMAS[:-1]):
-        model.config.timestep_weights = [float(i == level) for i in range(4)]
-        step = model.student_step(data)
+        step = model.student_step({**data, "level": torch.full((3,), level)})
         assert torch.equal(step.t, sigma.expand(3))
         assert torch.equal(step.t_next, SIGMAS[level + 1].expand(3))
         noise = (step.x_t - (1 - sigma) * data["latents"]) / sigma
@@ -55,21 +56,19 @@ def test_pure_noise_goes_to_the_student_only_at_level_one():
 
 
 def test_levels_are_drawn_as_often_as_their_weights_say():
-    model = objective(timestep_weights=[0.7, 0.1, 0.1, 0.1])
-    data = batch(1)
-    counts = dict.fromkeys(SIGMAS[:-1].tolist(), 0)
-    model.transformer.forward = lambda hidden_states, **_: (hidden_states,)
-    for seed in range(600):
-        counts[model.student_step({**data, "seeds": [seed]}).t.item()] += 1
+    draw = Randomness(lambda step: torch.tensor([0.7, 0.1, 0.1, 0.1]), {})
+    counts = Counter(int(draw(seed, (1,), 0)["level"]) for seed in range(600))
     # binomial with n = 600: 420 ± 4·11 and 60 ± 4·7.4
-    assert 376 < counts[1.0] < 464
-    assert all(30 < counts[s] < 90 for s in SIGMAS[1:-1].tolist())
+    assert 376 < counts[0] < 464
+    assert all(30 < counts[level] < 90 for level in (1, 2, 3))
 
 
 def test_a_warm_up_narrows_the_levels_and_then_widens_them():
-    model = objective(warmup_timestep_weights=[0, 0, 1, 0], timestep_weights=[1, 0, 0, 0], timestep_warmup_steps=5)
-    assert model.student_step(batch(step=4)).t.tolist() == pytest.approx([0.7] * 3)
-    assert model.student_step(batch(step=5)).t.tolist() == [1.0] * 3
+    draw = Randomness(lambda step: torch.tensor([0.0, 0, 1, 0] if step < 5 else [1.0, 0, 0, 0]), {})
+    assert {int(draw(seed, (1,), 4)["level"]) for seed in range(20)} == {2}
+    assert {int(draw(seed, (1,), 5)["level"]) for seed in range(20)} == {0}
+    model = objective()
+    assert model.student_step(batch(levels=[0, 0, 1, 0])).t.tolist() == pytest.approx([0.7] * 3)
 
 
 def test_the_sample_is_x0_and_not_the_velocity():
@@ -112,9 +111,7 @@ def test_several_teacher_steps_end_where_a_sampler_on_the_finer_grid_ends():
     from prx_post.sampling import euler_sample
 
     model = objective(method=["trajectory"])
-    data = batch()
-    model.config.timestep_weights = [0.0, 1.0, 0.0, 0.0]
-    step = model.student_step(data)
+    step = model.student_step(batch(levels=[0.0, 1.0, 0.0, 0.0]))
     ours = model.teacher.follow(step.x_t, step.t, step.t_next, step.prompts, 4)
     fine = torch.tensor([0.9, 0.85, 0.8, 0.75, 0.7])
     theirs = euler_sample(lambda x, t: model.teacher.velocity(x, t, step.prompts), step.x_t, fine)
@@ -146,11 +143,11 @@ def test_real_is_the_teachers_latent():
     model = objective()
     data = batch()
     step = model.student_step(data)
-    t, noise = step.renoising(1, mean=1.0, std=1.0)
+    t, noise = (data["ladd_t"], data["ladd_noise"])
     _, metrics = model(data)
     with torch.no_grad():
         tokens = model.teacher.tokens([1, 4], interpolate(data["latents"], noise, t), t, step.prompts)
-        logits = model.terms["ladd"].heads(tokens, t, *step.prompts, (4, 8))
+        logits = model.networks["ladd"](tokens, t, *step.prompts, (4, 8))
     assert metrics["real_logit"].item() == pytest.approx(logits.mean().item(), abs=1e-5)
 
 
@@ -159,26 +156,26 @@ def test_one_backward_pass_gives_both_networks_the_gradients_of_two_separate_one
     model = objective()
     data = batch()
     combined = gradients(model, data)
-    heads, teacher = model.terms["ladd"].heads, model.teacher
+    heads, teacher = model.networks["ladd"], model.teacher
     step = model.student_step(data)
-    t, noise = step.renoising(1, mean=1.0, std=1.0)
+    t, noise = (data["ladd_t"], data["ladd_noise"])
 
     def logits(x0):
         return heads(teacher.tokens([1, 4], interpolate(x0, noise, t), t, step.prompts), t, *step.prompts, (4, 8))
 
     model.zero_grad()
     ladd.generator_loss(logits(step.sample)).backward()
-    for name, parameter in model.transformer.named_parameters():
-        assert torch.allclose(combined[f"transformer.{name}"], parameter.grad, rtol=1e-4, atol=1e-8), name
+    for name, parameter in model.policy.named_parameters():
+        assert torch.allclose(combined[f"policy.{name}"], parameter.grad, rtol=1e-4, atol=1e-8), name
     model.zero_grad()
     ladd.discriminator_loss(logits(data["latents"]), logits(step.sample.detach())).backward()
     for name, parameter in heads.named_parameters():
-        assert torch.allclose(combined[f"terms.ladd.heads.{name}"], parameter.grad, rtol=1e-4, atol=1e-8), name
+        assert torch.allclose(combined[f"networks.ladd.{name}"], parameter.grad, rtol=1e-4, atol=1e-8), name
 
 
 def test_following_the_gradients_the_student_fools_and_the_heads_tell_apart():
-    model = objective(timestep_weights=[1, 0, 0, 0])
-    data = batch()
+    model = objective()
+    data = batch(levels=[1, 0, 0, 0])
     before = model(data)[1]
     grads = gradients(model, data)
 
@@ -191,27 +188,25 @@ def test_following_the_gradients_the_student_fools_and_the_heads_tell_apart():
                     parameter -= rate * grads[name]
         return other(data)[1]
 
-    assert moved("transformer.", 1e-2)["generator_loss"] < before["generator_loss"]
-    assert moved("terms.", 1e-2)["discriminator_loss"] < before["discriminator_loss"]
+    assert moved("policy.", 1e-2)["generator_loss"] < before["generator_loss"]
+    assert moved("networks.", 1e-2)["discriminator_loss"] < before["discriminator_loss"]
 
 
 @pytest.mark.parametrize("method", ["ladd", "dmd2"])
 def test_while_the_student_waits_only_the_other_network_gets_a_gradient(method):
     model = objective(method=[method], discriminator_warmup_steps=3)
     waiting = gradients(model, batch(step=2))
-    assert size(waiting, "transformer.") == 0
-    assert {n for n, _ in model.transformer.named_parameters()} == {
-        n.removeprefix("transformer.") for n in waiting if n.startswith("transformer.")
+    assert size(waiting, "policy.") == 0
+    assert {n for n, _ in model.policy.named_parameters()} == {
+        n.removeprefix("policy.") for n in waiting if n.startswith("policy.")
     }  # zeros, which processes can reduce
-    assert size(waiting, "terms.") > 0
-    assert size(gradients(model, batch(step=3)), "transformer.") > 0
+    assert size(waiting, "networks.") > 0
+    assert size(gradients(model, batch(step=3)), "policy.") > 0
 
 
 def test_the_student_learns_in_every_nth_step():
-    settings = objective(discriminator_warmup_steps=2, discriminator_steps_per_generator=3).config
+    settings = config(discriminator_warmup_steps=2, discriminator_steps_per_generator=3)
     assert [settings.student_learns(step) for step in range(9)] == [False] * 4 + [True, False, False, True, False]
-    assert settings.waiting(0) == ("",)
-    assert settings.waiting(4) == ()
 
 
 def test_methods_add_up_by_their_weights():
@@ -219,7 +214,7 @@ def test_methods_add_up_by_their_weights():
     alone = {m: gradients(objective(method=[m]), data) for m in ("trajectory", "ladd")}
     both = gradients(objective(method=["trajectory", "ladd"], method_weights=[2.0, 0.5]), data)
     for name, gradient in both.items():
-        if name.startswith("transformer."):
+        if name.startswith("policy."):
             expected = 2 * alone["trajectory"][name] + 0.5 * alone["ladd"][name]
             assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-7), name
         else:  # the heads' own loss is not scaled
@@ -231,14 +226,14 @@ def test_dmd2_trains_the_fake_score_on_the_students_samples_alone():
     data = batch()
     grads = gradients(model, data)
     step = model.student_step(data)
-    t, noise = step.renoising(2, uniform_fraction=1.0)
+    t, noise = (data["dmd2_t"], data["dmd2_noise"])
     sample = step.sample.detach()
-    fake = model.terms["dmd2"].fake
+    fake = model.networks["dmd2"]
     model.zero_grad()
     velocity = predict_velocity(fake, interpolate(sample, noise, t), t, *step.prompts)
     (velocity - (noise - sample)).square().mean().backward()
     for name, parameter in fake.named_parameters():
-        assert torch.allclose(grads[f"terms.dmd2.fake.{name}"], parameter.grad, rtol=1e-4, atol=1e-8), name
+        assert torch.allclose(grads[f"networks.dmd2.{name}"], parameter.grad, rtol=1e-4, atol=1e-8), name
 
 
 def test_dmd2_pulls_the_student_from_the_fake_score_to_the_guided_teachers():
@@ -246,33 +241,33 @@ def test_dmd2_pulls_the_student_from_the_fake_score_to_the_guided_teachers():
     data = batch()
     grads = gradients(model, data)
     step = model.student_step(data)
-    t, noise = step.renoising(2, uniform_fraction=1.0)
+    t, noise = (data["dmd2_t"], data["dmd2_noise"])
     level = t.view(-1, 1, 1, 1)
     sample = step.sample
     with torch.no_grad():
         x_t = (1 - level) * sample + level * noise
         real = x_t - level * model.teacher.velocity(x_t, t, step.prompts)
-        fake = x_t - level * predict_velocity(model.terms["dmd2"].fake, x_t, t, *step.prompts)
+        fake = x_t - level * predict_velocity(model.networks["dmd2"], x_t, t, *step.prompts)
         pull = (fake - real) / (sample - real).abs().mean((1, 2, 3), keepdim=True)
     model.zero_grad()
     # the gradient of the mean over all elements, at the sample
     sample.backward(pull / pull.numel())
-    for name, parameter in model.transformer.named_parameters():
-        assert torch.allclose(grads[f"transformer.{name}"], parameter.grad, rtol=1e-3, atol=1e-8), name
+    for name, parameter in model.policy.named_parameters():
+        assert torch.allclose(grads[f"policy.{name}"], parameter.grad, rtol=1e-3, atol=1e-8), name
 
 
 def test_r1_is_the_squared_change_under_a_little_noise_and_leaves_the_student_alone():
     data = batch()
     plain, penalised = gradients(objective(), data), gradients(objective(r1_weight=10.0, r1_noise=0.1), data)
-    assert all(torch.equal(plain[n], penalised[n]) for n in plain if n.startswith("transformer."))
+    assert all(torch.equal(plain[n], penalised[n]) for n in plain if n.startswith("policy."))
     model = objective(r1_weight=10.0, r1_noise=0.1)
     step = model.student_step(data)
-    t, noise = step.renoising(1, mean=1.0, std=1.0)
-    little = torch.stack([torch.randn(4, 8, 16, generator=g) for g in step.generators(3)])
+    t, noise = (data["ladd_t"], data["ladd_noise"])
+    little = data["r1_noise"]
 
     def logits(x0):
         tokens = model.teacher.tokens([1, 4], interpolate(x0, noise, t), t, step.prompts)
-        return model.terms["ladd"].heads(tokens, t, *step.prompts, (4, 8))
+        return model.networks["ladd"](tokens, t, *step.prompts, (4, 8))
 
     with torch.no_grad():
         change = logits(data["latents"] + 0.1 * little) - logits(data["latents"])
@@ -291,27 +286,26 @@ def test_velocity_regression_adds_the_guided_teachers_velocity():
     assert metrics["velocity_mse"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_samples_draws_do_not_depend_on_its_batch():
-    model, data = objective(), batch()
-    together = model.student_step(data)
-    for i in range(3):
-        alone = {k: v[i : i + 1] if k != "step" else v for k, v in data.items()}
-        step = model.student_step(alone)
-        assert torch.equal(step.x_t[0], together.x_t[i])
-        ours, theirs = (s.renoising(1, mean=1.0, std=1.0) for s in (step, together))
-        assert torch.equal(ours[0][0], theirs[0][i])
-        assert torch.equal(ours[1][0], theirs[1][i])
+def test_a_samples_draws_depend_on_its_seed_alone_and_no_method_on_the_others():
+    everything = Randomness(lambda step: torch.ones(4), DENSITIES, has_r1=True)
+    dmd2_alone = Randomness(lambda step: torch.ones(4), {"dmd2": DENSITIES["dmd2"]})
+    all_of_it, some = everything(7, (4, 8, 16), 0), dmd2_alone(7, (4, 8, 16), 0)
+    assert set(some) == {"level", "noise", "dmd2_t", "dmd2_noise"}
+    assert all(torch.equal(some[name], all_of_it[name]) for name in some)
+    noises = [all_of_it[name] for name in ("noise", "ladd_noise", "dmd2_noise", "r1_noise")]
+    for i, one in enumerate(noises):  # independent normals differ by sqrt(2)
+        assert all((one - other).std() > 1 for other in noises[:i])
 
 
 def test_mismatched_prompts_count_as_fakes_and_leave_the_student_alone():
     data = batch()
     plain, more = gradients(objective(), data), gradients(objective(mismatch_fraction=0.25), data)
-    assert all(torch.equal(plain[n], more[n]) for n in plain if n.startswith("transformer."))
+    assert all(torch.equal(plain[n], more[n]) for n in plain if n.startswith("policy."))
     model = objective(mismatch_fraction=0.25)
     step = model.student_step(data)
-    t, noise = step.renoising(1, mean=1.0, std=1.0)
+    t, noise = (data["ladd_t"], data["ladd_noise"])
     wrong = tuple(torch.stack([part[2], part[0], part[1]]) for part in step.prompts)
-    heads = model.terms["ladd"].heads
+    heads = model.networks["ladd"]
     with torch.no_grad():
         tokens = model.teacher.tokens([1, 4], interpolate(data["latents"], noise, t), t, wrong)
         of_mismatched = (1 + heads(tokens, t, *wrong, (4, 8))).clamp_min(0).mean()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from prx_post.engine.optim import MuonWithAdamW, build_optimizer, learning_rate_factor
+from prx_post.engine.protocols import POLICY, ParamGroup
 from prx_post.stages.sft.config import SFTConfig
 
 
@@ -30,9 +31,13 @@ def config(**kwargs):
     return SFTConfig(output_dir="unused", learning_rate=0.01, **kwargs)
 
 
+def groups(network):
+    return [ParamGroup(POLICY, network, 0.01)]
+
+
 def test_muon_takes_the_blocks_matrices_exactly_as_torchs_own_and_adamw_the_rest():
     ours, theirs = Network(), Network()
-    optimizer = build_optimizer(list(ours.named_parameters()), config(optim="muon", weight_decay=0.1))
+    optimizer = build_optimizer(groups(ours), config(optim="muon", weight_decay=0.1))
     assert isinstance(optimizer, MuonWithAdamW)
     muon = torch.optim.Muon([theirs.blocks[0].weight], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     rest = [theirs.blocks[0].bias, *theirs.final_layer.parameters()]
@@ -50,7 +55,7 @@ def test_muon_takes_the_blocks_matrices_exactly_as_torchs_own_and_adamw_the_rest
 
 
 def test_the_groups_of_the_two_optimizers_behind_one_face_are_their_own():
-    optimizer = build_optimizer(list(Network().named_parameters()), config(optim="muon"))
+    optimizer = build_optimizer(groups(Network()), config(optim="muon"))
     for group in optimizer.param_groups:
         group["lr"] = 0.5
     assert [g["lr"] for g in optimizer.muon.param_groups] == [0.5]
@@ -58,13 +63,13 @@ def test_the_groups_of_the_two_optimizers_behind_one_face_are_their_own():
 
 
 def test_the_learning_rate_is_a_function_of_the_step():
-    factor = learning_rate_factor(config(lr_scheduler_type="linear", warmup_steps=2, max_steps=6))
+    factor = learning_rate_factor(config(lr_scheduler_type="linear", warmup_steps=2), 6)
     assert [factor(step) for step in range(7)] == [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 def test_optimizer_state_round_trip_continues_identically():
     first, second = Network(), Network()
-    optimizers = [build_optimizer(list(n.named_parameters()), config(optim="muon")) for n in (first, second)]
+    optimizers = [build_optimizer(groups(n), config(optim="muon")) for n in (first, second)]
     step(first, optimizers[0])
     second.load_state_dict(first.state_dict())
     optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
@@ -77,22 +82,21 @@ def test_optimizer_state_round_trip_continues_identically():
 def test_frozen_parameters_are_left_out():
     network = Network()
     network.blocks.requires_grad_(False)
-    optimizer = build_optimizer(list(network.named_parameters()), config())
+    optimizer = build_optimizer(groups(network), config())
     assert sum(len(g["params"]) for g in optimizer.param_groups) == 2
-
-
-class TwoRates(SFTConfig):
-    def learning_rates(self):
-        return {"final_layer.": 0.5, **super().learning_rates()}
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 def test_each_weight_gets_the_learning_rate_of_its_group(optim):
     network = Network()
-    optimizer = build_optimizer(list(network.named_parameters()), TwoRates("unused", learning_rate=0.01, optim=optim))
-    rates = {id(p): (g["lr"], g["prefix"]) for g in optimizer.param_groups for p in g["params"]}
-    assert {rates[id(p)] for p in network.final_layer.parameters()} == {(0.5, "final_layer.")}
-    assert {rates[id(p)] for p in network.blocks.parameters()} == {(0.01, "")}
+    others = [
+        ParamGroup(POLICY, nn.ModuleDict({"blocks": network.blocks}), 0.01),
+        ParamGroup("last", network.final_layer, 0.5),
+    ]
+    optimizer = build_optimizer(others, config(optim=optim))
+    rates = {id(p): (g["lr"], g["name"]) for g in optimizer.param_groups for p in g["params"]}
+    assert {rates[id(p)] for p in network.final_layer.parameters()} == {(0.5, "last")}
+    assert {rates[id(p)] for p in network.blocks.parameters()} == {(0.01, POLICY)}
     before = network.final_layer.bias.detach().clone()
     step(network, optimizer)
     # AdamW's first step moves a weight by its learning rate

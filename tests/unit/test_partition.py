@@ -17,7 +17,7 @@ class Wrapped:
 
 def two_weights():
     named = {"policy.w": nn.Parameter(torch.tensor([1.0, 2.0])), "head.w": nn.Parameter(torch.tensor(3.0))}
-    groups = [{"params": [p], "lr": 0.1, "prefix": name.split(".")[0]} for name, p in named.items()]
+    groups = [{"params": [p], "lr": 0.1, "name": name.split(".")[0]} for name, p in named.items()]
     return named, torch.optim.AdamW(groups, betas=(0.5, 0.5), weight_decay=0.0)
 
 

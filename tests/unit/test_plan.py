@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from prx_post.base.errors import ConfigError
 from prx_post.data.encoding import Encoders
 from prx_post.data.readers import read_rows
-from prx_post.data.sizes import CacheSize, cache_size
+from prx_post.data.sizes import CacheSize
 from prx_post.model.text import PromptCleaner
 from prx_post.planning.disk import run_size
 from prx_post.planning.dry_run import DryRun, StorageWatch
@@ -194,17 +194,17 @@ def test_an_accelerate_config_that_cannot_be_followed_is_refused(name):
 
 def test_the_cache_of_a_local_data_set_is_what_encoding_makes(picture_folder):
     planned = planner("--dataset_name", picture_folder)
-    found = cache_size(planned.data, planned.config, planned.pipeline, planned.buckets)
-    encoders = Encoders(planned.pipeline, PromptCleaner(), torch.device("cpu"), torch.float32)
-    embeddings = sum(encoders.prompts(prompt).nbytes for prompt in set(read_rows(planned.data).prompts))
+    found = planned.stage.cache_size()
+    encoders = Encoders(planned.stage.pipeline, PromptCleaner(), torch.device("cpu"), torch.float32)
+    embeddings = sum(encoders.prompts(prompt).nbytes for prompt in set(read_rows(planned.stage.data_config).prompts))
     # 48 pictures of 32×64: 4 channels of 8×16, fp32
     assert found == CacheSize(rows=48, looked_at=48, latents=48 * 4 * 8 * 16 * 4, embeddings=embeddings)
 
 
 def test_of_a_long_data_set_some_rows_are_looked_at(picture_folder, monkeypatch):
-    monkeypatch.setattr("prx_post.planning.disk.LOOKED_AT", 12)
+    monkeypatch.setattr("prx_post.data.sizes.LOOKED_AT", 12)
     planned = planner("--dataset_name", picture_folder)
-    found = cache_size(planned.data, planned.config, planned.pipeline, planned.buckets)
+    found = planned.stage.cache_size()
     assert (found.rows, found.looked_at, found.latents) == (48, 12, 48 * 4 * 8 * 16 * 4)
 
 

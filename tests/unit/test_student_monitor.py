@@ -1,87 +1,86 @@
-"""Which student is kept as the best, and when a run is given up; nothing is drawn."""
+"""Which averaged weights are the best, and when a run is given up; nothing is generated."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from prx_post.engine.signals import StopTraining
+from prx_post.evaluation.monitor import ImageMonitor, Judges
 from prx_post.stages.distill.monitor import StudentMonitor
 from tests.distilling import config
 
 
-def monitor(tmp_path, **changes) -> StudentMonitor:
-    network = torch.nn.Linear(1, 1, bias=False)
-    sampler = SimpleNamespace(transformer=network)
-    encoders = SimpleNamespace(device=torch.device("cpu"))
-    common = {"eval_num_inference_steps": [4], **changes}
-    return StudentMonitor(config(**common), sampler, sampler, [], {}, encoders, None, tmp_path)
+def monitor(kind=ImageMonitor, name="start", limits=None, **changes):
+    run = SimpleNamespace(device=torch.device("cpu"))
+    common = {"eval_num_inference_steps": [4], "eval_prompts_file": "x", **changes}
+    return kind(run, config(**common), None, None, Judges([], {}), [], reference_name=name, **(limits or {}))
 
 
-def keep(made: StudentMonitor, step: int, value: float) -> None:
-    with torch.no_grad():
-        made.student.transformer.weight.fill_(step)
-    made._keep_if_best(step, value)
+EVALUATED = {"eval_steps": 1, "load_best_model_at_end": True}
 
 
-def best(tmp_path) -> tuple[int, float]:
-    weights = load_file(tmp_path / "best.safetensors")
-    return json.loads((tmp_path / "best.json").read_text())["step"], weights["transformer.weight"].item()
+def verdicts(made, name, values):
+    return [made.is_best({f"eval/{name}/4_steps": value}) for value in values]
 
 
-EVALUATED = {"eval_steps": 1, "eval_prompts_file": "x", "load_best_model_at_end": True}
+def test_a_higher_reward_is_better_and_a_tie_keeps_the_earlier():
+    made = monitor(**EVALUATED, eval_rewards=["ocr"], metric_for_best_model="ocr")
+    assert verdicts(made, "ocr", [0.2, 0.7, 0.7, 0.5, float("nan"), 0.8]) == [True, True, False, False, False, True]
 
 
-def test_a_higher_reward_is_better_and_a_tie_keeps_the_earlier(tmp_path):
-    made = monitor(tmp_path, **EVALUATED, eval_rewards=["ocr"], metric_for_best_model="ocr")
-    for step, value in ((1, 0.2), (2, 0.7), (3, 0.7), (4, 0.5), (5, float("nan"))):
-        keep(made, step, value)
-    assert best(tmp_path) == (2, 2.0)
+def test_a_lower_distance_is_better():
+    made = monitor(**EVALUATED, eval_encoder="judge", metric_for_best_model="fid")
+    assert verdicts(made, "fid", [9.0, 3.0, 5.0]) == [True, True, False]
 
 
-def test_a_lower_distance_is_better(tmp_path):
-    made = monitor(tmp_path, **EVALUATED, eval_encoder="judge", metric_for_best_model="fid")
-    for step, value in ((1, 9.0), (2, 3.0), (3, 5.0)):
-        keep(made, step, value)
-    assert best(tmp_path) == (2, 2.0)
+def test_metrics_without_the_chosen_one_are_no_best():
+    made = monitor(**EVALUATED, eval_rewards=["ocr"], metric_for_best_model="ocr")
+    assert not made.is_best({"eval/fid/4_steps": 1.0})
+    assert not monitor().is_best({"eval/ocr/4_steps": 1.0})
 
 
-def test_a_best_by_another_metric_does_not_count(tmp_path):
-    keep(monitor(tmp_path, **EVALUATED, eval_encoder="judge", metric_for_best_model="fid"), 1, 30.0)
-    keep(monitor(tmp_path, **EVALUATED, eval_rewards=["ocr"], metric_for_best_model="ocr"), 2, 0.1)
-    assert best(tmp_path) == (2, 2.0)
+def test_a_resumed_run_knows_the_best_so_far():
+    made = monitor(**EVALUATED, eval_rewards=["ocr"], metric_for_best_model="ocr")
+    made.resume([{"step": 1, "eval/ocr/4_steps": 0.7}, {"step": 2, "eval/ocr/4_steps": 0.4}])
+    assert verdicts(made, "ocr", [0.6, 0.75]) == [False, True]
 
 
-def test_a_best_of_steps_that_are_run_again_is_forgotten(tmp_path):
-    made = monitor(tmp_path, **EVALUATED, eval_rewards=["ocr"], metric_for_best_model="ocr")
-    keep(made, 4, 0.7)
-    made.forget_after(4)
-    assert made.best_weights() is not None
-    made.forget_after(3)
-    assert made.best_weights() is None
+def test_evaluations_without_a_new_best_end_the_run_after_the_patience():
+    made = monitor(eval_steps=1, eval_rewards=["ocr"], metric_for_best_model="ocr", early_stopping_patience=2)
+    for step, value in ((1, 0.5), (2, 0.4), (3, 0.6), (4, 0.6)):
+        metrics = {"eval/ocr/4_steps": value}
+        assert not made.is_best(metrics)  # nothing is kept, for load_best_model_at_end is off
+        made.watch(step, metrics)
+    metrics = {"eval/ocr/4_steps": 0.1}
+    made.is_best(metrics)
+    made.watch(5, {"loss": 1.0})  # a line of training says nothing about it
+    with pytest.raises(StopTraining, match="ocr has not been better than 0.6 for 2 evaluations in a row.* at step 5"):
+        made.watch(5, metrics)
 
 
-def test_a_discriminator_must_be_perfect_in_a_row_and_after_its_warm_up(tmp_path):
-    made = monitor(tmp_path, discriminator_warmup_steps=2, max_discriminator_accuracy=0.9, saturation_patience=2)
+LIMITS = {"max_accuracy": 0.9, "patience": 2, "warmup_steps": 2}
+
+
+def test_a_discriminator_must_be_perfect_in_a_row_and_after_its_warm_up():
+    made = monitor(StudentMonitor, limits=LIMITS)
     for step, accuracy in ((1, 1.0), (2, 1.0), (3, 0.95), (4, 0.5), (5, 0.9)):
         made.watch(step, {"discriminator_accuracy": accuracy})
     with pytest.raises(StopTraining, match="accuracy 0.930 .* in 2 logged windows in a row.* stopped at step 6"):
         made.watch(6, {"discriminator_accuracy": 0.93})
 
 
-def test_a_limit_of_one_never_stops(tmp_path):
-    made = monitor(tmp_path, max_discriminator_accuracy=1.0, saturation_patience=1)
+def test_a_limit_of_one_never_stops():
+    made = monitor(StudentMonitor, limits={**LIMITS, "max_accuracy": 1.0, "patience": 1})
     made.watch(5, {"discriminator_accuracy": 1.0})
 
 
 @pytest.mark.parametrize(("step", "own", "stops"), [(5, 0.049, True), (5, 0.051, False), (0, 0.0, False)])
-def test_diversity_is_compared_with_the_teachers(tmp_path, step, own, stops):
-    made = monitor(tmp_path, min_diversity=0.5)
+def test_diversity_is_compared_with_the_teachers(step, own, stops):
+    made = monitor(StudentMonitor, "teacher", min_diversity=0.5)
     metrics = {"eval/diversity/4_steps": own, "eval/diversity/teacher": 0.1}
     if stops:
-        with pytest.raises(StopTraining, match="it has collapsed"):
-            made._check_diversity(step, metrics)
+        with pytest.raises(StopTraining, match="they have collapsed"):
+            made.watch(step, metrics)
     else:
-        made._check_diversity(step, metrics)
+        made.watch(step, metrics)

@@ -10,7 +10,7 @@ import torch
 
 from prx_post.base.errors import PrxPostError
 from prx_post.engine.checkpointing import checkpoints, open_checkpoint
-from tests.training import config, lines, trainer, weights
+from tests.training import NoMonitor, config, lines, trainer, weights
 
 
 def test_a_step_follows_the_gradient_of_each_weight(tmp_path):
@@ -40,15 +40,16 @@ def test_accumulated_micro_batches_count_as_their_mean(tmp_path):
 
 def test_groups_have_rates_of_their_own(tmp_path):
     """The head at 0.2: 1 - 0.2 · 4/5 = 0.84."""
-    trained = trainer(config(tmp_path, 1, head_rate=0.2), [[(3.0, 4.0)]])
+    trained = trainer(config(tmp_path, 1), [[(3.0, 4.0)]], head_rate=0.2)
     trained.fit()
     assert weights(trained) == pytest.approx((0.925, 0.84))
 
 
 def test_a_group_that_does_not_learn_in_a_step_keeps_its_weights_and_moments(tmp_path):
     """The head learns in every second step only: one step of it, two of the policy."""
-    settings = config(tmp_path, 2, head_rate=0.2, head_learns_every=2, adam_beta1=0.5, save_steps=1)
-    trained = trainer(settings, [[(3.0, 4.0)], [(3.0, 4.0)]])
+    settings = config(tmp_path, 2, adam_beta1=0.5, save_steps=1)
+    every_second = {"head_rate": 0.2, "head_learns": lambda step: step % 2 == 1}
+    trained = trainer(settings, [[(3.0, 4.0)], [(3.0, 4.0)]], **every_second)
     trained.fit()
     # with beta1 0.5 and a constant gradient the corrected first moment is the gradient itself
     assert weights(trained) == pytest.approx((1 - 2 * 0.075, 0.84))
@@ -62,8 +63,8 @@ def test_the_average_is_taken_after_the_step_with_a_warmed_up_decay(tmp_path):
     trained = trainer(config(tmp_path, 1, ema_decay=0.9), [[(3.0, 4.0)]])
     trained.fit()
     emitted = trained.averaged_weights()
-    assert list(emitted) == ["transformer.w"]
-    assert emitted["transformer.w"].item() == pytest.approx(2 / 11 + 9 / 11 * 0.925)
+    assert list(emitted) == ["w"]
+    assert emitted["w"].item() == pytest.approx(2 / 11 + 9 / 11 * 0.925)
 
 
 def test_a_step_that_is_not_finite_is_skipped_whole(tmp_path):
@@ -95,4 +96,47 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     assert again.step == 2
     again.fit()
     assert weights(again) == weights(whole)
-    assert torch.equal(again.averaged_weights()["transformer.w"], whole.averaged_weights()["transformer.w"])
+    assert torch.equal(again.averaged_weights()["w"], whole.averaged_weights()["w"])
+
+
+def test_a_groups_warm_up_counts_its_own_updates(tmp_path):
+    """The head waits for two steps, then warms up over two of its own: 0, then half its rate, then all of it."""
+    settings = config(tmp_path, 5, lr_scheduler_type="constant_with_warmup", warmup_steps=2)
+    trained = trainer(settings, [[(0.0, 4.0)]] * 5, head_rate=0.2, head_learns=lambda step: step >= 2)
+    rates = [trained.stepper.schedule.rate("head", step) for step in range(5)]
+    assert rates == pytest.approx([0.0, 0.0, 0.0, 0.1, 0.2])
+    trained.fit()
+    assert weights(trained)[1] == pytest.approx(1 - (0.1 + 0.2) * 4 / 5)
+
+
+def test_a_weight_outside_the_groups_is_an_error(tmp_path):
+    from prx_post.engine.optim import check_groups
+    from tests.training import TwoWeights
+
+    objective = TwoWeights(0.1)
+    with pytest.raises(ValueError, match="must be in exactly one parameter group"):
+        check_groups(objective, objective.groups()[:1])
+
+
+def test_state_is_saved_before_the_monitor_looks_and_when_it_ends_the_run(tmp_path):
+    def fails(step):
+        raise PrxPostError("out of memory, for instance")
+
+    monitor = NoMonitor(is_due=lambda step: step == 2, validate=fails)
+    trained = trainer(config(tmp_path, 4, save_steps=3), [[(3.0, 4.0)]] * 4, monitor)
+    with pytest.raises(PrxPostError, match="out of memory"):
+        trained.fit()
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-000002"]
+    open_checkpoint(checkpoints(tmp_path)[0]).verify()
+
+
+def test_the_best_weights_are_kept_by_the_trainer_and_emitted(tmp_path):
+    """0.925 after the first step, which the monitor calls the best; 0.775 at the end."""
+    monitor = NoMonitor(
+        is_due=lambda step: step > 0, validate=lambda step: {"score": -step}, is_best=lambda m: m["score"] == -1
+    )
+    trained = trainer(config(tmp_path, 3), [[(3.0, 4.0)]] * 3, monitor)
+    trained.fit()
+    assert trained.emitted_weights()["w"].item() == pytest.approx(0.925)
+    assert trained.averaged_weights()["w"].item() == pytest.approx(0.775)
+    assert [line["score"] for line in lines(tmp_path, "evaluations.jsonl")] == [-1, -2, -3]

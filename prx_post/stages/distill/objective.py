@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from prx_post.data.plan import stream
 from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Prompts
 from prx_post.flow import interpolate, sample_timesteps, x0_from_velocity
 from prx_post.model.denoiser import predict_velocity
@@ -170,11 +171,11 @@ class Randomness:
         (level,) = torch.multinomial(self.level_weights(step), 1, generator=generator)
         drawn = {"level": level, "noise": torch.randn(*shape, generator=generator)}
         for name, density in self.renoising.items():
-            generator = torch.Generator().manual_seed(seed + PURPOSES[name])
+            generator = torch.Generator().manual_seed(stream(seed, PURPOSES[name]))
             (drawn[f"{name}_t"],) = sample_timesteps(1, **density, generator=generator)
             drawn[f"{name}_noise"] = torch.randn(*shape, generator=generator)
         if self.has_r1:
-            generator = torch.Generator().manual_seed(seed + PURPOSES["r1"])
+            generator = torch.Generator().manual_seed(stream(seed, PURPOSES["r1"]))
             drawn["r1_noise"] = torch.randn(*shape, generator=generator)
         return drawn
 
