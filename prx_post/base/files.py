@@ -118,15 +118,21 @@ class FolderLock:
 
     Args:
         name: of the setting that chose the folder.
+        leaves_file: whether the file that is locked stays when the lock is released; a run is known by it.
 
     Raises:
         PrxPostError: another process holds it; says which.
     """
 
-    def __init__(self, folder: Path, name: str = "output_dir") -> None:
-        self._file: TextIO = (folder / LOCK).open("a+")
+    def __init__(self, folder: Path, name: str = "output_dir", *, leaves_file: bool = False) -> None:
+        self._path, self._leaves_file = folder / LOCK, leaves_file
+        self._file: TextIO = self._path.open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not self._is_the_file_there():  # its holder removed it after it was opened here
+                self._file.close()
+                self._file = self._path.open("a+")
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.seek(0)
             holder = self._file.read().strip()
@@ -146,4 +152,12 @@ class FolderLock:
         self.release()
 
     def release(self) -> None:
+        if not self._leaves_file:
+            self._path.unlink(missing_ok=True)
         self._file.close()
+
+    def _is_the_file_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False

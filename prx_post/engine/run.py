@@ -108,7 +108,7 @@ def open_run(config: TrainConfig, settings: dict[str, Any], rules: dict[str, Rul
         nonlocal lock
         _check_folder(config, folder)
         make_folder(folder)
-        lock = FolderLock(folder)
+        lock = FolderLock(folder, leaves_file=True)
         if config.resume_from_checkpoint == LATEST and (folder / "final").exists():
             _check_finished(config, folder)
             return None, True

@@ -149,7 +149,7 @@ def dry_run(open_stage: Callable[[Any], Stage], config: Any, device: str) -> Dry
     """
     stage = open_stage(dataclasses.replace(config, torch_compile=False))  # compiled code cannot be watched
     run: Any = PlannedRun(stage.config, device)
-    fakes = FakeTensorMode()
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)  # such as the noise levels of a grid
     with fakes:
         data, batch = stage.example(run)
     with torch.device("meta"):  # outside, for peft moves an adapter to its layer's device, which fakes refuse

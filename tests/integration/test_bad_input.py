@@ -105,7 +105,7 @@ def test_an_unreadable_picture_is_counted_named_and_left_out(picture_folder, tmp
     (bad,) = [json.loads(line) for line in (run / "bad_rows.jsonl").read_text().splitlines()]
     assert bad["row"] == 7
     assert bad["name"].endswith("00007.png")
-    assert "47 of 48 pictures" in (run / "final" / "README.md").read_text()
+    assert "47 of 48 images" in (run / "final" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("cache", ["disk", "none"])

@@ -250,7 +250,7 @@ def test_a_folder_with_something_else_in_it_and_one_in_use_are_left_alone(server
         run(config(table, tmp_path / "mine"))
     assert contents(tmp_path / "mine") == {"a.jpg": b"precious"}
     run(config(table, tmp_path / "out"))
-    with FolderLock(tmp_path / "out"), pytest.raises(PrxPostError, match="in use by another run"):
+    with FolderLock(tmp_path / "out"), pytest.raises(PrxPostError, match="another run writes there"):
         run(config(table, tmp_path / "out"))
 
 

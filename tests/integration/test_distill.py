@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 from diffusers import PRXPipeline
-from prx_post.distillation import monitor
 from safetensors.torch import load_file
 
 from prx_post.engine.checkpointing import open_checkpoint
+from prx_post.engine.signals import StopTraining
+from prx_post.evaluation import monitor
 from prx_post.flow import inference_sigmas, seeded_noise
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.stages.distill.pipelines import student_scheduler
@@ -145,9 +146,9 @@ def test_a_resumed_run_is_bit_identical(prompts_file, warm_cache, tmp_path, chan
     ours, theirs = (open_checkpoint(run / "checkpoint-000004").tensors() for run in (broken, tmp_path / "whole"))
     keys = [f"{part}/{key}" for part in ("model", "optimizer", "ema") for key, _ in theirs.under(part)]
     assert all(torch.equal(ours[key], theirs[key]) for key in keys)
-    trained_besides = any(key.startswith("model/terms.") for key in keys)
+    trained_besides = any(key.startswith(("model/ladd.", "model/dmd2.")) for key in keys)
     assert trained_besides == (changes["method"] != ["trajectory"])
-    assert not any(key.startswith("ema/terms.") for key in keys)
+    assert all(key.startswith("ema/policy.") for key in keys if key.startswith("ema/"))
 
 
 def test_while_the_heads_warm_up_the_student_stays_as_it_is(prompts_file, warm_cache, tmp_path):
@@ -167,10 +168,10 @@ def test_while_the_heads_warm_up_the_student_stays_as_it_is(prompts_file, warm_c
         keys = [key for key, _ in a.under("model") if key.startswith(prefix)]
         return sum(not torch.equal(a[f"model/{k}"], b[f"model/{k}"]) for k in keys) / len(keys)
 
-    assert moved(states[0], states[1], "transformer.") == 0
-    assert moved(states[0], states[1], "terms.") > 0.9
-    assert moved(states[1], states[2], "transformer.") > 0.9
-    assert not any(key.startswith("transformer.") for key, _ in states[1].under("optimizer"))
+    assert moved(states[0], states[1], "policy.") == 0
+    assert moved(states[0], states[1], "ladd.") > 0.9
+    assert moved(states[1], states[2], "policy.") > 0.9
+    assert not any(key.startswith("policy.") for key, _ in states[1].under("optimizer"))
 
 
 def test_metrics_tell_how_the_game_stands(prompts_file, warm_cache, tmp_path):
@@ -179,10 +180,10 @@ def test_metrics_tell_how_the_game_stands(prompts_file, warm_cache, tmp_path):
     assert {
         *("generator_loss", "discriminator_loss", "real_logit", "fake_logit", "discriminator_accuracy"),
         *("discriminator_accuracy/block2", "discriminator_accuracy/block5", "real_logit/block2", "fake_logit/block5"),
-        *("grad_norm/student", "grad_norm/terms.ladd", "grad_norm"),
+        *("grad_norm/policy", "grad_norm/ladd", "grad_norm"),
     } <= last.keys()
-    assert last["grad_norm/student"] > 0
-    both = (last["grad_norm/student"] ** 2 + last["grad_norm/terms.ladd"] ** 2) ** 0.5
+    assert last["grad_norm/policy"] > 0
+    both = (last["grad_norm/policy"] ** 2 + last["grad_norm/ladd"] ** 2) ** 0.5
     assert last["grad_norm"] == pytest.approx(both, rel=1e-4)
 
 
@@ -199,14 +200,15 @@ def test_the_average_is_evaluated_at_each_number_of_steps_and_the_best_is_emitte
     prompts_file, warm_cache, tmp_path, monkeypatch
 ):
     values = iter([0.1, 0.9, 0.5])  # of the evaluations at steps 0, 2 and 4
-    measure = monitor.StudentMonitor._measure
+    measure = monitor.ImageMonitor._measure
 
-    def rigged(self, images, teachers):
-        found = measure(self, images, teachers)
-        is_student_at_four = teachers is not None and self.student.num_inference_steps == 4
-        return found | ({"judge_graded": next(values)} if is_student_at_four else {})
+    def rigged(self, sampler, reference):
+        measured = measure(self, sampler, reference)
+        if sampler is self.sampler and sampler.num_inference_steps == 4:
+            measured.metrics["judge_graded"] = next(values)
+        return measured
 
-    monkeypatch.setattr(monitor.StudentMonitor, "_measure", rigged)
+    monkeypatch.setattr(monitor.ImageMonitor, "_measure", rigged)
     best = {"load_best_model_at_end": True, "metric_for_best_model": "judge_graded", "save_steps": 2}
     common = {**EVALUATED, **best, "eval_prompts_file": str(prompts_file), "ema_decay": 0.0}
     train(*settings(prompts_file, warm_cache, tmp_path / "run", **common))
@@ -217,16 +219,13 @@ def test_the_average_is_evaluated_at_each_number_of_steps_and_the_best_is_emitte
     )
     assert "eval/judge_exact/teacher" in lines[0]
     assert (tmp_path / "run" / "samples" / "eval-000004.png").exists()
-    assert json.loads((tmp_path / "run" / "best.json").read_text()) == {
-        "step": 2,
-        "metric": "judge_graded",
-        "value": 0.9,
-    }
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert (best["step"], best["metrics"]["eval/judge_graded/4_steps"]) == (2, 0.9)
     emitted = weights(tmp_path / "run")
     states = {n: open_checkpoint(tmp_path / "run" / f"checkpoint-{n:06d}").tensors() for n in (2, 4)}
     name = "img_in.weight"
-    assert torch.equal(emitted[name], states[2][f"model/transformer.{name}"])
-    assert not torch.equal(emitted[name], states[4][f"model/transformer.{name}"])
+    assert torch.equal(emitted[name], states[2][f"model/policy.{name}"])
+    assert not torch.equal(emitted[name], states[4][f"model/policy.{name}"])
 
 
 def test_evaluating_does_not_touch_training(prompts_file, warm_cache, tmp_path):
@@ -239,15 +238,15 @@ def test_evaluating_does_not_touch_training(prompts_file, warm_cache, tmp_path):
 
 def test_a_collapsed_student_ends_the_run_with_its_state_saved(prompts_file, warm_cache, tmp_path, monkeypatch):
     """The same picture for every noise: diversity is nothing of the teacher's."""
-    draw_all = monitor.StudentMonitor._draw
+    generate = monitor.ImageMonitor._generate
 
-    def collapsed(self, sampler):
-        images = draw_all(self, sampler)
-        return images if sampler is self.teacher else images[:3] * 2
+    def collapsed(self, sampler, jobs):
+        images = generate(self, sampler, jobs)
+        return images if sampler is self.reference else {i: images[i % 3] for i in images}
 
-    monkeypatch.setattr(monitor.StudentMonitor, "_draw", collapsed)
+    monkeypatch.setattr(monitor.ImageMonitor, "_generate", collapsed)
     common = {**EVALUATED, "eval_prompts_file": str(prompts_file), "min_diversity": 0.5, "save_steps": 0}
-    with pytest.raises(monitor.StopTraining, match=r"differ by 0.0000 at step 2, .* it has collapsed"):
+    with pytest.raises(StopTraining, match=r"differ by 0.0000 at step 2, .* they have collapsed"):
         # the untrained student, at step 0, is not judged
         train(*settings(prompts_file, warm_cache, tmp_path / "run", **common))
     open_checkpoint(tmp_path / "run" / "checkpoint-000002").verify()
@@ -256,7 +255,7 @@ def test_a_collapsed_student_ends_the_run_with_its_state_saved(prompts_file, war
 
 def test_a_discriminator_that_is_never_wrong_ends_the_run(prompts_file, warm_cache, tmp_path):
     changes = {"method": ["ladd"], "max_discriminator_accuracy": 0.01, "saturation_patience": 2, "save_steps": 0}
-    with pytest.raises(monitor.StopTraining, match=r"in 2 logged windows in a row, .* stopped at step 3"):
+    with pytest.raises(StopTraining, match=r"in 2 logged windows in a row, .* stopped at step 3"):
         train(*settings(prompts_file, warm_cache, tmp_path / "run", discriminator_warmup_steps=1, **changes))
     open_checkpoint(tmp_path / "run" / "checkpoint-000003").verify()
 
@@ -290,16 +289,16 @@ def test_the_dc_ae_variant_is_distilled_as_well(prompts_file, dc_ae_pipeline, tm
 
 
 def test_heads_begin_with_the_statistics_of_the_teachers_latents(prompts_file, warm_cache, tmp_path, monkeypatch):
-    from prx_post.stages.distill.terms import AdversarialTerm
+    from prx_post.stages.distill.terms import Adversarial
 
     seen = []
-    forward = AdversarialTerm.forward
+    forward = Adversarial.__call__
 
     def spy(self, step):
         seen.append([(head.mean.clone(), head.std.clone()) for head in self.heads.heads])
         return forward(self, step)
 
-    monkeypatch.setattr(AdversarialTerm, "forward", spy)
+    monkeypatch.setattr(Adversarial, "__call__", spy)
     train(*settings(prompts_file, warm_cache, tmp_path / "run", method=["ladd"], max_steps=1))
     for mean, std in seen[0]:
         assert mean.abs().max() > 0.1

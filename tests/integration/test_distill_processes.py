@@ -47,15 +47,15 @@ def runs(prompts_file, tmp_path_factory):
 def test_losses_and_gradient_norms_are_those_of_one_process(runs, mode):
     ours, theirs = numbers(runs(mode)), numbers(runs("one"))
     names = ["loss", "grad_norm", "discriminator_loss"]
-    names += [] if mode.startswith("zero") else ["grad_norm/terms.ladd"]
+    names += [] if mode.startswith("zero") else ["grad_norm/ladd"]
     for name in names:
         # the first steps alone: later ones start from weights that rounding has moved
         assert [line[name] for line in ours[:3]] == pytest.approx([line[name] for line in theirs[:3]], rel=1e-3), name
     waits = [True, True, False]  # the heads' warm-up, and their extra step
-    assert ["grad_norm/student" not in line for line in theirs[:3]] == waits
-    assert theirs[2]["grad_norm/student"] > 0
+    assert ["grad_norm/policy" not in line for line in theirs[:3]] == waits
+    assert theirs[2]["grad_norm/policy"] > 0
     if mode == "ddp":
-        assert ours[2]["grad_norm/student"] == pytest.approx(theirs[2]["grad_norm/student"], rel=1e-3)
+        assert ours[2]["grad_norm/policy"] == pytest.approx(theirs[2]["grad_norm/policy"], rel=1e-3)
 
 
 def second_moments(folder, step):
@@ -68,7 +68,7 @@ def second_moments(folder, step):
 def test_student_and_head_gradients_are_those_of_one_process(runs, mode):
     """Read from Adam's second moments: after step 4 the student has had one step (the third), the heads four."""
     ours, theirs = (second_moments(runs(name), 4) for name in (mode, "one"))
-    for prefix in ("transformer.", "terms.ladd."):
+    for prefix in ("policy.", "ladd."):
         names = [name for name in theirs if name.startswith(prefix)]
         assert names
         a, b = (torch.cat([moments[name].flatten() for name in names]) for moments in (ours, theirs))
@@ -82,19 +82,19 @@ def test_a_student_that_waits_keeps_its_weights_and_moments_in_every_mode(runs, 
     """Steps 1 and 2 are the heads' alone; step 4 is, too, after the student has moments."""
     states = {n: open_checkpoint(runs(mode) / f"checkpoint-{n:06d}").tensors() for n in (2, 3, 4, 6)}
     for part in ("model", "optimizer", "ema"):
-        of_student = [f"{part}/{key}" for key, _ in states[3].under(part) if key.startswith("transformer.")]
+        of_student = [f"{part}/{key}" for key, _ in states[3].under(part) if key.startswith("policy.")]
         assert of_student
         assert all(torch.equal(states[3][key], states[4][key]) for key in of_student), part
     moved = [key for key, value in states[3].under("model") if not torch.equal(value, states[4][f"model/{key}"])]
     assert moved
-    assert all(key.startswith("terms.") for key in moved)
-    name = "transformer.img_in.weight"
+    assert all(key.startswith("ladd.") for key in moved)
+    name = "policy.img_in.weight"
     moments = f"optimizer/{name}/exp_avg_sq"
     assert moments not in states[2] or not states[2][moments].any()
     # one step of the student in each of the pairs 3-4 and 5-6: its own count says so
     steps = [int(states[n][f"optimizer/{name}/step"]) for n in (4, 6)]
     assert steps == [1, 2]
-    heads = next(key for key, _ in states[6].under("optimizer") if key.startswith("terms.") and key.endswith("/step"))
+    heads = next(key for key, _ in states[6].under("optimizer") if key.startswith("ladd.") and key.endswith("/step"))
     assert int(states[6][f"optimizer/{heads}"]) == 6
 
 

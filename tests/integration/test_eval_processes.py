@@ -61,7 +61,7 @@ def test_a_second_evaluation_in_the_same_folder_is_refused(world, tmp_path, prx_
     with FolderLock(out):
         refused = prx_post(*arguments(world, out))
     assert refused.returncode == 2
-    assert "is in use by another run" in refused.stderr
+    assert "another run writes there" in refused.stderr
 
 
 def test_a_rank_that_cannot_go_on_ends_the_others(world, tmp_path):

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from prx_post.base.errors import ConfigError
-from prx_post.cli import split_flags
+from prx_post.cli import split_launch_flags
 from prx_post.engine.checkpointing import checkpoints, open_checkpoint
 from tests.faults import differences, numbers, sft_arguments, weights
 from tests.processes import Child, Processes, free_port, kill_group, run, wait_for
@@ -215,10 +215,9 @@ def test_what_is_wrong_is_said_once_whoever_launches(picture_folder, tmp_path):
 
 
 def test_launch_flags_are_told_from_the_commands_own():
-    known = ("--num_processes", "--machine_rank")
     args = ["--config", "a.yaml", "--num_processes=2", "--seed", "1", "--machine_rank", "0"]
-    flags, own = split_flags(args, known)
+    flags, own = split_launch_flags(args)
     assert flags == {"num_processes": "2", "machine_rank": "0"}
     assert own == ["--config", "a.yaml", "--seed", "1"]
     with pytest.raises(ConfigError, match="--machine_rank is without a value"):
-        split_flags(["--machine_rank", "--seed"], known)
+        split_launch_flags(["--machine_rank", "--seed"])
