@@ -104,14 +104,24 @@ class Processes:
 
     Args:
         args: the command's arguments, or what gives them for a rank.
+        prepare: called in each process before the command; must pickle.
     """
 
-    def __init__(self, count: int, args: list[object] | Callable[[int], list[object]], **env: str) -> None:
+    def __init__(
+        self,
+        count: int,
+        args: list[object] | Callable[[int], list[object]],
+        prepare: Callable[[], None] | None = None,
+        **env: str,
+    ) -> None:
         self.logs = [Path(tempfile.mkstemp(suffix=f"-rank{rank}.log")[1]) for rank in range(count)]
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(count)} for r in range(count)]
         self.ranks = [
-            Child(args(i) if callable(args) else args, self.logs[i], **(shared | ranks[i] if count > 1 else {}), **env)
+            Child(
+                *(args(i) if callable(args) else args, self.logs[i], prepare),
+                **{**(shared | ranks[i] if count > 1 else {}), **env},
+            )
             for i in range(count)
         ]
 
@@ -145,9 +155,15 @@ def kill_group(process: Child) -> None:
     process.wait()
 
 
-def run(count: int, args: list[object], timeout_s: float = 300, **env: str) -> list[Finished]:
+def run(
+    count: int,
+    args: list[object] | Callable[[int], list[object]],
+    timeout_s: float = 300,
+    prepare: Callable[[], None] | None = None,
+    **env: str,
+) -> list[Finished]:
     """All ranks to a successful end."""
-    finished = Processes(count, args, **env).wait(timeout_s)
+    finished = Processes(count, args, prepare, **env).wait(timeout_s)
     for rank, process in enumerate(finished):
         assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{process.output[-3000:]}"
     return finished

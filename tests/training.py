@@ -99,7 +99,9 @@ def trainer(
 ) -> Trainer:
     accelerator = build_accelerator(settings)
     settings.folder.mkdir(exist_ok=True)
-    run = Run(settings, accelerator, {"ema_decay": settings.ema_decay}, None, False, StopSignals(), ALONE)
+    run = Run(
+        settings, accelerator, {"ema_decay": settings.ema_decay}, None, False, StopSignals(), ALONE, lambda value: value
+    )
     objective = TwoWeights(settings.learning_rate, **rates)
     identity = {"stage": "test", "data": "", "base": ""}
     return Trainer(run, objective, source or ListSource(steps), monitor or NoMonitor(), RunLog(run), identity)

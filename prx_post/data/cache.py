@@ -11,6 +11,7 @@ is complete or absent; several processes may write at once.
 import hashlib
 import json
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from prx_post.base.errors import PrxPostError
 from prx_post.base.files import file_sha256, make_folder, replacing, write_json
 
 SHARD_BYTES = 256 * 2**20
+SHARD_S = 300.0
 
 
 class TensorCache:
@@ -72,16 +74,16 @@ class TensorCache:
         return {**self.__dict__, "_open": {}}  # a worker process opens its own files
 
     def write(self, items: Iterable[tuple[str, Tensor]]) -> None:
-        """Add tensors as they come, a shard for every 256 MiB. What a broken-off call had computed is kept."""
+        """Add tensors as they come, a shard for every 256 MiB or five minutes. What an interrupted call had is kept."""
         pending: dict[str, Tensor] = {}
-        size = 0
+        size, began = 0, time.monotonic()
         try:
             for key, tensor in items:
                 pending[key] = tensor.detach().cpu().contiguous()
                 size += tensor.nbytes
-                if size >= SHARD_BYTES:
-                    full, pending, size = pending, {}, 0
-                    self._write_shard(full)
+                if size >= SHARD_BYTES or time.monotonic() - began > SHARD_S:
+                    self._write_shard(pending)  # and only then forgotten: a signal may interrupt the writing
+                    pending, size, began = {}, 0, time.monotonic()
         finally:
             if pending:
                 self._write_shard(pending)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -163,10 +164,15 @@ def ranks_of(accelerator: Accelerator) -> Ranks:
     return gathering(accelerator.process_index, accelerator.num_processes, group)
 
 
-def any_rank(accelerator: Accelerator, value: int) -> int:
-    """The largest `value` of all processes; a small collective, which all of them must call."""
+def agreement(accelerator: Accelerator, timeout_s: int) -> Callable[[int], int]:
+    """A small collective, which all processes must call: the largest of their values. It does not wait for a GPU."""
     if accelerator.num_processes == 1:
-        return value
-    agreed = torch.tensor(value, device=accelerator.device)
-    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
-    return int(agreed)
+        return lambda value: value
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def largest(value: int) -> int:
+        agreed = torch.tensor(value)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group)
+        return int(agreed)
+
+    return largest

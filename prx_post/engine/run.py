@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from prx_post.base.ranks import Ranks
 from prx_post.base.settings import Rules
 from prx_post.engine.checkpointing import LATEST, SavedState, checkpoints, open_checkpoint, select_checkpoint
 from prx_post.engine.config import TrainConfig
-from prx_post.engine.processes import any_rank, build_accelerator, ranks_of
+from prx_post.engine.processes import agreement, build_accelerator, ranks_of
 from prx_post.engine.resume import check_settings, keep_global_batch
 from prx_post.engine.signals import StopSignals
 
@@ -38,6 +38,7 @@ class Run:
         settings: everything configured, by name; kept in checkpoints, config.yaml and the model card.
         saved: the checkpoint to resume from, verified; None for a fresh start.
         ranks: its processes; they wait for each other for hours, so work that takes as long is gathered here.
+        agree: the largest of all processes' values; they wait for ddp_timeout.
     """
 
     config: Any
@@ -47,6 +48,7 @@ class Run:
     is_finished: bool
     signals: StopSignals
     ranks: Ranks
+    agree: Callable[[int], int]
     log: Any = None
     """Where images go; set once training begins."""
     is_planned: ClassVar[bool] = False
@@ -84,7 +86,7 @@ class Run:
 
     def stop_signal(self) -> int:
         """The stop signal that any process has received, or 0. A collective."""
-        return any_rank(self.accelerator, self.signals.received)
+        return self.agree(self.signals.received)
 
 
 @contextmanager
@@ -122,12 +124,12 @@ def open_run(config: TrainConfig, settings: dict[str, Any], rules: dict[str, Rul
     try:
         with StopSignals() as signals, _peers_may_be_lost(config, signals):
             accelerator = build_accelerator(config)
-            ranks = ranks_of(accelerator)
+            ranks, agree = ranks_of(accelerator), agreement(accelerator, config.ddp_timeout)
             if changed_batch and ranks.is_main:
                 tqdm.write(changed_batch)
             saved, is_finished = ranks.on_main(claim)
-            _check_shared(config, accelerator)
-            yield Run(config, accelerator, settings, saved, is_finished, signals, ranks)
+            _check_shared(config, ranks)
+            yield Run(config, accelerator, settings, saved, is_finished, signals, ranks, agree)
     finally:
         if lock is not None:
             lock.release()
@@ -164,17 +166,17 @@ def _check_finished(config: TrainConfig, folder: Path) -> None:
     tqdm.write(f"the run in {folder} has finished: there is nothing to do")
 
 
-def _check_shared(config: TrainConfig, accelerator: Accelerator, patience_s: float = 10.0) -> None:
+def _check_shared(config: TrainConfig, ranks: Ranks, patience_s: float = 10.0) -> None:
     """Raise PrxPostError, on every process, unless all see the folder that the main process has locked."""
     deadline = time.monotonic() + patience_s
     lock = config.folder / LOCK
     while not lock.exists() and time.monotonic() < deadline:
         time.sleep(0.5)  # a network disk may show it late
-    if any_rank(accelerator, int(not lock.exists())):
+    if ranks.gather([ranks.rank] if not lock.exists() else []):
         raise PrxPostError(
             f"output_dir is {str(config.folder)!r}, which not every process sees. "
             f"Choose one on a disk that every machine sees."
-        ).raised_by_all(accelerator.is_main_process)
+        ).raised_by_all(ranks.is_main)
 
 
 def _check_folder(config: TrainConfig, folder: Path) -> None:

@@ -18,7 +18,6 @@ from prx_post.engine.metrics import Window
 from prx_post.engine.optim import group_of
 from prx_post.engine.partition import join
 from prx_post.engine.prefetch import Prefetched, can_pin
-from prx_post.engine.processes import any_rank
 from prx_post.engine.protocols import POLICY, Batch, Monitor, Objective, Source, to_device
 from prx_post.engine.resume import collect, restore, set_random_state
 from prx_post.engine.run import Run
@@ -175,7 +174,7 @@ class Trainer:
         window.learning_rate = stepper.schedule.rate(POLICY, self.step)
         seen: list[Batch] = []
         losses: list[Tensor] = []
-        for batch in self._timed(self.source.batches(self.step)):
+        for batch in self._fetched():
             with stepper.micro_batch():
                 loss, metrics = stepper.forward(batch)
                 stepper.backward(loss)
@@ -196,14 +195,27 @@ class Trainer:
             window.discard()
             self._record_nonfinite(seen, losses)
 
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Each batch on the device; the time that the loop waits for them is noted."""
+    def _fetched(self) -> Iterator[Batch]:
+        """The step's batches, each on the device; the time that the loop waits for them is noted.
+
+        What goes wrong on one rank before the first of them is there ends the run on all, with the state saved.
+        """
+        batches, is_first = self.source.batches(self.step), True
         while True:
             began = time.perf_counter()
-            batch = next(batches, None)
+            batch, error = None, None
+            try:
+                batch = next(batches, None)
+            except Exception as caught:  # raised again below, after the others know
+                error = caught
+            if is_first and self.run.agree(int(error is not None)):
+                self._save_what_is_done()
+                raise error or PrxPostError("another rank could not make its batch; it says why").raised_by_all(False)
+            if error is not None:
+                raise error
             if batch is None:
                 return
-            batch = to_device(batch, self.run.device)
+            batch, is_first = to_device(batch, self.run.device), False
             self._window.waited_s += time.perf_counter() - began
             yield batch
 
@@ -255,10 +267,12 @@ class Trainer:
         with self.ema.swapped_in():
             metrics = self.monitor.validate(self.step)
         self.objective.train()
-        if metrics:
-            self.log.evaluation(self.step, metrics)
+        if not metrics:
+            return
+        self.log.evaluation(self.step, metrics)
         if self.monitor.is_best(metrics):
             self._keep_best(metrics)
+        self.monitor.watch(self.step, metrics)
 
     def _keep_best(self, metrics: dict[str, float]) -> None:
         weights = self.averaged_weights()
@@ -275,16 +289,19 @@ class Trainer:
         try:
             work()
         except Exception as error:
-            if self.step and self.step != self._saved_at:
-                self.save()
-                self._finish_saving()
+            self._save_what_is_done()
             if isinstance(error, StopRequested):
                 self._stop(self.run.stop_signal())
             raise
 
+    def _save_what_is_done(self) -> None:
+        if self.step and self.step != self._saved_at:
+            self.save()
+            self._finish_saving()
+
     def _agree(self, received: int) -> int:
         """The signal that any rank received, or 0. Raises on all ranks if one could not write its checkpoint."""
-        stop = any_rank(self.run.accelerator, WRITE_FAILED if self._writer.has_failed else received)
+        stop = self.run.agree(WRITE_FAILED if self._writer.has_failed else received)
         if stop == WRITE_FAILED:
             self._writer.check()
             raise PrxPostError("another rank could not write its share; it says why").raised_by_all(is_main=False)

@@ -37,7 +37,7 @@ class Encoded:
     Args:
         name_of: how messages and samples.jsonl call a sample.
         cache: None if images and prompts are encoded on the fly.
-        num_rows: of the data set, the unusable ones too.
+        described: for the model card.
     """
 
     samples: list[Sample]
@@ -45,7 +45,7 @@ class Encoded:
     cache: EncodedCache | None
     encoders: Encoders
     name_of: Callable[[Sample], str]
-    num_rows: int
+    described: str
 
     def embed(self, prompt: str) -> Tensor:
         """[L, D], without padding."""
@@ -80,6 +80,7 @@ class PipelineStage:
         planned: for `prx-post plan`, for which neither weights nor data need be there.
     """
 
+    name: ClassVar[str]
     configs: ClassVar[tuple[type, ...]]
 
     def __init__(
@@ -189,10 +190,10 @@ class PipelineStage:
         height, width = self.size or (None, None)
         return ModelCard(
             title=run.output_dir.name,
-            stage=type(self).__name__,
+            stage=self.name,
             base=self.pipeline.source,
             base_is_on_hub=self.pipeline.is_from_hub,
-            data=f"{len(data.samples)} of {data.num_rows} rows",
+            data=data.described,
             licence=self.pipeline.licence,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,

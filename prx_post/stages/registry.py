@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Stage(Protocol):
     """What a stage does, in the order in which it is done."""
 
+    name: ClassVar[str]
     configs: ClassVar[tuple[type, ...]]
     """Dataclasses, the last of which extends TrainConfig; importing them must not import torch."""
     config: Any

@@ -17,23 +17,19 @@ def run(name: str, configs: tuple[Any, ...]) -> Path:
     Raises:
         PrxPostError: something cannot be used; before any model is loaded, where that can be known.
     """
-    return train(name, find(name).stage()(*configs), configs)
-
-
-def train(name: str, stage: Stage, configs: tuple[Any, ...]) -> Path:
-    """As `run`, of a stage that is open."""
+    stage = find(name).stage()(*configs)
     check_trackers(stage.config.report_to)
     settings = {key: value for part in configs for key, value in dataclasses.asdict(part).items()}
     with open_run(stage.config, settings, rules_of(stage.configs)) as opened:
         if not opened.is_finished:
-            _train(name, stage, opened)
+            _train(stage, opened)
         opened.accelerator.print(f"pipeline in {opened.final}")
         return opened.final
 
 
-def _train(name: str, stage: Stage, run: Run) -> None:
+def _train(stage: Stage, run: Run) -> None:
     data = stage.data(run)
-    identity = {"stage": name, **stage.identity(run, data)}
+    identity = {"stage": stage.name, **stage.identity(run, data)}
     run.seed()
     objective = stage.objective(run, data)
     run.seed(run.ranks.rank)

@@ -277,7 +277,7 @@ def test_torch_compile_pads_prompts_to_one_length(picture_folder, warm_cache, tm
 
     stage = SFT(*settings(picture_folder, warm_cache, tmp_path / "run", torch_compile=True))
     encoders = Encoders(stage.pipeline, stage.cleaner, torch.device("cpu"), torch.float32)
-    data = Encoded([Sample(0, "1", (32, 64), "a", "b")], None, None, encoders, str, 1)
+    data = Encoded([Sample(0, "1", (32, 64), "a", "b")], None, None, encoders, str, "")
     run = SimpleNamespace(global_batch_size=8, ranks=ALONE)
     assert stage.source(run, data, None).pad_length == 24
 

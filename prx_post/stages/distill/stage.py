@@ -38,7 +38,7 @@ CALIBRATION_SAMPLES = 64
 
 
 class Distill(PipelineStage):
-    configs = CONFIGS
+    name, configs = "distill", CONFIGS
 
     def __init__(
         self, model: ModelConfig, teacher: TeacherConfig, config: DistillConfig, *, planned: bool = False
@@ -83,7 +83,12 @@ class Distill(PipelineStage):
                 *(self.teacher_config, self.rows, samples, cache, encoders, self.image_size, bad_rows, run.ranks)
             )
         encoders.free()
-        return Encoded(samples, self.rows, cache, encoders, self._name_of, len(samples))
+        teacher = self.teacher_config
+        described = (
+            f"{len(samples)} latents, of {self.teacher_pipeline.source} (guidance {teacher.teacher_guidance_scale:g}, "
+            f"{teacher.teacher_num_inference_steps} steps) for the prompts of {teacher.prompts_file}"
+        )
+        return Encoded(samples, self.rows, cache, encoders, self._name_of, described)
 
     def encoders(self, run: Run) -> Encoders:
         if run.ranks.is_main:
@@ -204,10 +209,6 @@ class Distill(PipelineStage):
         given = (teacher.height, teacher.width) if teacher.height and teacher.width else (None, None)
         return dataclasses.replace(
             card,
-            stage="distill",
-            data=f"{len(data.samples)} latents, of {self.teacher_pipeline.source} (guidance "
-            f"{teacher.teacher_guidance_scale:g}, {teacher.teacher_num_inference_steps} steps) for the prompts of "
-            f"{teacher.prompts_file}",
             height=given[0],
             width=given[1],
             metrics={
