@@ -70,6 +70,17 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
 
+    def kept(self) -> dict[str, Tensor]:
+        """Tensors besides weights and buffers that a checkpoint must hold, alike on all ranks; put back in place."""
+        return {}
+
+    def after_update(self, step: int, weights: Callable[[], dict[str, Tensor]]) -> None:
+        """Called on all ranks when optimizer step `step`, counted from 0, has changed the policy.
+
+        Args:
+            weights: gives the policy's trained weights, whole, by name; a collective under ZeRO.
+        """
+
 
 class Reference(Protocol):
     """A frozen network that answers: a teacher, or the policy as it was."""

@@ -52,12 +52,7 @@ class Trainer:
         identity: dict[str, Any],
     ) -> None:
         self.run, self.config, self.monitor, self.log, self._identity = run, run.config, monitor, log, identity
-        self._buffers = {
-            f"{group.name}.{name}": buffer
-            for group in objective.groups()
-            for name, buffer in group.module.named_buffers()
-            if name in group.module.state_dict()
-        }
+        self._unwrapped, self._buffers = objective, _buffers(objective)
         self.stepper = Stepper(run.accelerator, objective, self.config)
         self.objective, self.partition = self.stepper.objective, self.stepper.partition
         self._policy = {name: p for name, p in self.partition.parameters.items() if group_of(name) == POLICY}
@@ -168,6 +163,10 @@ class Trainer:
                 found[name.removeprefix(f"{POLICY}.")] = whole.cpu()
         return found
 
+    def _weights(self) -> dict[str, Tensor]:
+        """The policy's trained weights, whole, on every rank."""
+        return {name.removeprefix(f"{POLICY}."): self.partition.weight(name) for name in self._policy}
+
     def _train_step(self) -> None:
         window, stepper = self._window, self.stepper
         stepper.begin(self.step)
@@ -188,6 +187,7 @@ class Trainer:
         if is_done:
             if POLICY not in stepper.schedule.waiting(self.step):
                 self.ema.update(stepper.schedule.updates_before(POLICY, self.step + 1))
+                self._unwrapped.after_update(self.step, self._weights)
             window.commit(stepper.grad_norm, stepper.group_norms)
             self._nonfinite_in_a_row = 0
         self.step += 1
@@ -330,3 +330,14 @@ class Trainer:
         if mark.is_file() and json.loads(mark.read_text())["step"] > self.step:
             mark.unlink()
             (self.run.output_dir / BEST).unlink(missing_ok=True)
+
+
+def _buffers(objective: Objective) -> dict[str, Tensor]:
+    """Tensors besides the trained weights that a checkpoint holds, by name."""
+    found = {
+        f"{group.name}.{name}": buffer
+        for group in objective.groups()
+        for name, buffer in group.module.named_buffers()
+        if name in group.module.state_dict()
+    }
+    return found | objective.kept()

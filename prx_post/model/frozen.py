@@ -54,6 +54,10 @@ class SlowAverage(FrozenCopy):
         for name, value in weights.items():
             own[name].lerp_(value.to(own[name]), 1 - decay)
 
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """Its weights as `Objective.kept` has them, under `name`: unlike a plain copy they cannot be had again."""
+        return {f"{name}.{key}": value for key, value in self.transformer.named_parameters()}
+
 
 class AdapterOff:
     """The policy, a PeftModel, as it is without its adapter."""
