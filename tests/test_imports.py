@@ -25,6 +25,7 @@ ALLOWED = {
     "planning": GROUND | MATHEMATICS | {"engine", "model", "data", "stages"},
     "tiny": GROUND | {"engine", "model", "data", "rewards", "stages"},
     "cli": GROUND | {"stages"},
+    "api": GROUND | {"stages"},
     "__init__": set(),
 }
 """Top-level parts of prx_post that each part may import, besides itself. Every part has a row."""

@@ -75,7 +75,7 @@ def parse(dataclass_types: Sequence[type], args: Sequence[str], prog: str) -> tu
     """
     known = [f.name for kind in dataclass_types for f in dataclasses.fields(kind)]
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    _check_known({**_keys_of_file(args), **_keys_of_flags(args)}, known)
+    check_known({**_keys_of_file(args), **_keys_of_flags(args)}, known)
     from trl import TrlParser
 
     class Parser(TrlParser):
@@ -143,7 +143,7 @@ def _keys_of_flags(args: Sequence[str]) -> dict[str, str]:
     return {flag: "on the command line" for flag in flags if flag not in ("config", "help", "")}
 
 
-def _check_known(keys: dict[str, str], known: Sequence[str]) -> None:
+def check_known(keys: dict[str, str], known: Sequence[str]) -> None:
     """Raise ConfigError for all that are unknown at once."""
     names = {*known, *(f"no_{name}" for name in known)}
     unknown = [

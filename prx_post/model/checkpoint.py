@@ -168,10 +168,18 @@ def load(
     """Load any latent PRX pipeline, from a folder or the Hub, or one that is open already.
 
     Raises:
-        CheckpointError: missing, or not a PRX pipeline; says which component is wrong.
+        CheckpointError: missing, or not a PRX pipeline, or with weights that are not finite; says which component is
+            wrong.
     """
     pipeline = open_pipeline(path_or_id, revision) if isinstance(path_or_id, str) else path_or_id
-    return Checkpoint(pipeline, pipeline.load_transformer(dtype), pipeline.load_scheduler())
+    transformer = pipeline.load_transformer(dtype)
+    for name, value in transformer.named_parameters():
+        if not torch.isfinite(value).all():
+            raise CheckpointError(
+                f"{pipeline.source} has a transformer whose {name} is not finite, so its images would be black. Take an "
+                f"earlier checkpoint."
+            )
+    return Checkpoint(pipeline, transformer, pipeline.load_scheduler())
 
 
 def open_pipeline(path_or_id: str, revision: str | None = None, weights: bool = True) -> PipelineFolder:

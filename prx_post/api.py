@@ -1,0 +1,43 @@
+"""The Python interface: what the command line does, as functions."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from prx_post.base.errors import ConfigError
+from prx_post.base.parsing import check_known, parse
+from prx_post.stages.registry import find
+
+
+def train(stage: str, config: str | Path | None = None, **settings: Any) -> Path:
+    """Run a stage: `prx_post.train("sft", "configs/tiny/sft.yaml", max_steps=100)`.
+
+    Args:
+        config: a YAML file, as `--config`; None: settings alone.
+        settings: by name; they win over the file's.
+
+    Returns:
+        The folder of the emitted pipeline.
+
+    Raises:
+        PrxPostError: as the command says it.
+    """
+    from prx_post.stages.run import run
+
+    kinds = find(stage).configs()
+    fields = {kind: [f.name for f in dataclasses.fields(kind)] for kind in kinds}
+    check_known(dict.fromkeys(settings, "in train()"), [name for names in fields.values() for name in names])
+    given = {kind: {name: settings[name] for name in names if name in settings} for kind, names in fields.items()}
+    if config is None:
+        return run(stage, tuple(kind(**given[kind]) for kind in kinds))
+    path = Path(config).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"config is {str(config)!r}, but there is no such file. Check the path.")
+    # what the file lacks may be among the settings, so they are completed before anything is checked
+    flags = [part for name, value in settings.items() for part in _flag(name, value)]
+    return run(stage, parse(kinds, ["--config", str(path), *flags], f"train({stage!r})"))
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """A setting as the command line writes it."""
+    return [f"--{name}", *(str(one) for one in (value if isinstance(value, list) else [value]))]

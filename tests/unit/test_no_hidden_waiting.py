@@ -1,0 +1,50 @@
+"""A training step does not wait for the device: each stage's objective runs on meta tensors, which have no values.
+
+There `.item()`, `bool(tensor)` and shapes that depend on values raise. What remains in a step, once each:
+Stepper.backward reads the gradient's norm, because a step that is not finite must not be done; and the loop agrees on
+signals and failures among ranks, over gloo, which does not touch the device.
+"""
+
+import pytest
+import torch
+
+from prx_post.engine.metrics import Window
+from prx_post.model.checkpoint import load
+from prx_post.stages.sft.objective import FlowMatchingObjective
+from tests import distilling
+
+
+def on_meta(batch):
+    return {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def step(objective, batch):
+    loss, metrics = objective.to("meta")(on_meta(batch))
+    loss.backward()
+    window = Window()
+    window.add({"loss": loss.detach(), **metrics}, images=3)
+    window.commit(1.0, {})
+    assert all(value.is_meta for value in window.sums.values())
+    assert all(p.grad is not None for p in objective.policy.parameters())
+
+
+def test_a_meta_tensor_has_no_value_to_wait_for():
+    with pytest.raises(RuntimeError):
+        torch.zeros((), device="meta").item()
+    with pytest.raises(RuntimeError):
+        bool(torch.zeros((), device="meta"))
+
+
+@pytest.mark.parametrize("options", [{}, {"min_snr_gamma": 5.0, "contrastive_weight": 0.05}])
+def test_sft(options):
+    batch = distilling.batch()
+    batch |= {"t": batch["ladd_t"]}
+    step(FlowMatchingObjective(load("tiny").transformer.train(), 1e-4, **options), batch)
+
+
+@pytest.mark.parametrize("method", ["trajectory", "ladd", "dmd2"])
+def test_distillation(method):
+    options = {"mismatch_fraction": 0.3, "r1_weight": 1.0} if method == "ladd" else {}
+    objective = distilling.objective(method=[method], velocity_weight=0.1, **options)
+    objective.teacher.transformer.to("meta")
+    step(objective, distilling.batch())
