@@ -43,7 +43,7 @@ test: .venv-test/installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
-	.venv-test/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n $(THREADS) --dist loadfile
 
 benchmark: .venv-test/installed
 	.venv-test/bin/python benchmarks/sft_throughput.py

@@ -21,7 +21,7 @@ from prx_post.engine.prefetch import Prefetched, can_pin
 from prx_post.engine.protocols import POLICY, Batch, Monitor, Objective, Source, to_device
 from prx_post.engine.resume import collect, restore, set_random_state
 from prx_post.engine.run import Run
-from prx_post.engine.signals import StopRequested
+from prx_post.engine.signals import StopRequested, StopTraining
 from prx_post.engine.stepper import Stepper
 from prx_post.engine.tracking import RunLog
 
@@ -292,6 +292,8 @@ class Trainer:
             self._save_what_is_done()
             if isinstance(error, StopRequested):
                 self._stop(self.run.stop_signal())
+            if isinstance(error, StopTraining):  # raised alike by all
+                error.raised_by_all(self.run.ranks.is_main)
             raise
 
     def _save_what_is_done(self) -> None:

@@ -176,8 +176,8 @@ def load(
     for name, value in transformer.named_parameters():
         if not torch.isfinite(value).all():
             raise CheckpointError(
-                f"{pipeline.source} has a transformer whose {name} is not finite, so its images would be black. Take an "
-                f"earlier checkpoint."
+                f"{pipeline.source} has a transformer whose {name} is not finite, so its images would be black. Take "
+                f"an earlier checkpoint."
             )
     return Checkpoint(pipeline, transformer, pipeline.load_scheduler())
 

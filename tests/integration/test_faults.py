@@ -44,12 +44,12 @@ def half_done(undisturbed, tmp_path):
     return run
 
 
-def test_thirty_runs_killed_at_random_moments_and_inside_saves_lose_nothing(picture_folder, warm_cache, tmp_path):
-    found = kill_trials(picture_folder, warm_cache, tmp_path, trials=30)
-    assert found.trials == 30
-    assert found.kills >= 30
-    assert found.kills_in_a_save >= 8
-    assert found.resumed >= 20
+def test_eight_runs_killed_at_random_moments_and_inside_saves_lose_nothing(picture_folder, warm_cache, tmp_path):
+    found = kill_trials(picture_folder, warm_cache, tmp_path, trials=8)
+    assert found.trials == 8
+    assert found.kills >= 8
+    assert found.kills_in_a_save >= 2
+    assert found.resumed >= 5
     assert found.lost_or_changed == 0
 
 
