@@ -20,30 +20,34 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import PRXTransformer2DModel
-from prx_post.distillation.monitor import open_eval_rewards, read_eval_prompts
 from torch import nn
 
+from prx_post.base.ranks import ALONE
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import Encoders
 from prx_post.data.plan import MixedPlan
-from prx_post.data.source import BatchSource
+from prx_post.data.source import LatentSource
 from prx_post.engine.ema import EMA
 from prx_post.engine.protocols import Batch
+from prx_post.engine.signals import StopSignals
+from prx_post.evaluation.monitor import ImageMonitor
 from prx_post.model.checkpoint import load, open_pipeline
+from prx_post.model.config import ModelConfig
 from prx_post.model.heads import DiscriminatorHeads, check_blocks
 from prx_post.model.sampler import Sampler
-from prx_post.model.text import PromptCleaner
 from prx_post.objectives import ladd
+from prx_post.stages.base import Encoded
 from prx_post.stages.distill.config import DistillConfig, TeacherConfig
-from prx_post.stages.distill.latents import read_training_prompts, teacher_latents
-from prx_post.stages.distill.monitor import StudentMonitor
+from prx_post.stages.distill.latents import teacher_latents
 from prx_post.stages.distill.objective import DistillationObjective, Teacher
 from prx_post.stages.distill.pipelines import student_scheduler
-from prx_post.stages.sft.config import SFTConfig
+from prx_post.stages.distill.stage import Distill
+from prx_post.stages.distill.terms import Adversarial
 from prx_post.stages.sft.objective import FlowMatchingObjective
 
 CPU = torch.device("cpu")
@@ -58,7 +62,14 @@ def build_objective(student: str, teacher: str, null: torch.Tensor, config: Dist
     heads = DiscriminatorHeads(blocks, shape["hidden_size"], shape["context_in_dim"], config.head_width)
     frozen = Teacher(load(teacher).transformer, null, guidance_scale=4.0, patch_size=shape["patch_size"])
     _, sigmas = student_scheduler(folder, config)
-    return DistillationObjective(load(student).transformer.train(), frozen, sigmas, {"ladd": heads}, config)
+    terms = {"ladd": Adversarial(frozen, heads, mismatch_fraction=config.mismatch_fraction)}
+    return DistillationObjective(
+        *(load(student).transformer.train(), frozen, sigmas, terms, {"ladd": heads}),
+        learning_rate=config.learning_rate,
+        network_learning_rate=config.discriminator_learning_rate,
+        weights={"ladd": 1.0},
+        learns=config.student_learns,
+    )
 
 
 def adamw(module: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -67,12 +78,8 @@ def adamw(module: nn.Module, rate: float) -> torch.optim.Optimizer:
 
 def combined(model: DistillationObjective) -> Step:
     """One optimizer of two groups."""
-    config = model.config
     optimizer = torch.optim.AdamW(
-        [
-            {"params": model.transformer.parameters(), "lr": config.learning_rate},
-            {"params": model.terms.parameters(), "lr": config.discriminator_learning_rate},
-        ],
+        [{"params": group.module.parameters(), "lr": group.lr} for group in model.groups()],
         betas=(0.0, 0.99),
         weight_decay=0.0,
         fused=True,
@@ -80,8 +87,8 @@ def combined(model: DistillationObjective) -> Step:
 
     def step(batch: Batch) -> None:
         model(batch)[0].backward()
-        if not config.student_learns(batch["step"]):
-            model.transformer.zero_grad()
+        if not model.learns(batch["step"]):
+            model.policy.zero_grad()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -90,14 +97,12 @@ def combined(model: DistillationObjective) -> Step:
 
 def alternating(model: DistillationObjective) -> Step:
     """The discriminator's step, then the student's."""
-    config, term = model.config, model.terms["ladd"]
-    of_student, of_heads = adamw(model.transformer, config.learning_rate), adamw(term, 0.0)
-    for group in of_heads.param_groups:
-        group["lr"] = config.discriminator_learning_rate
+    term: Any = model.terms["ladd"]
     heads = term.heads
+    of_student, of_heads = adamw(model.policy, model.learning_rate), adamw(heads, model.network_learning_rate)
 
     def fake_logits(step: Any, sample: torch.Tensor) -> torch.Tensor:
-        t, noise = step.renoising(1, mean=config.renoise_mean, std=config.renoise_std)
+        t, noise = step.drawn["ladd_t"], step.drawn["ladd_noise"]
         x_t = (1 - t.view(-1, 1, 1, 1)) * sample + t.view(-1, 1, 1, 1) * noise
         tokens = model.teacher.tokens(heads.blocks, x_t, t, step.prompts)
         return heads(tokens, t, *step.prompts, model.teacher.grid(sample))
@@ -109,7 +114,7 @@ def alternating(model: DistillationObjective) -> Step:
         loss.backward()
         of_heads.step()
         of_heads.zero_grad()
-        if not config.student_learns(batch["step"]):
+        if not model.learns(batch["step"]):
             return
         drawn = model.student_step(batch)
         heads.requires_grad_(False)
@@ -128,7 +133,7 @@ def _waiting(step: Any) -> Any:
 
 
 def sft_step(model: str) -> Step:
-    objective = FlowMatchingObjective(load(model).transformer.train(), SFTConfig(output_dir="unused"))
+    objective = FlowMatchingObjective(load(model).transformer.train(), 1e-6)
     optimizer = adamw(objective, 1e-6)
 
     def step(batch: Batch) -> None:
@@ -171,6 +176,9 @@ def cost(options: argparse.Namespace) -> None:
         "latents": torch.randn(options.batch, *shape),
         "prompt_embeds": torch.randn(options.batch, 16, null.shape[1]),
         "prompt_mask": torch.ones(options.batch, 16, dtype=torch.bool),
+        "level": torch.zeros(options.batch, dtype=torch.int64),
+        **{name: torch.rand(options.batch) for name in ("t", "ladd_t")},
+        **{name: torch.randn(options.batch, *shape) for name in ("noise", "ladd_noise")},
         "seeds": list(range(options.batch)),
         "rows": list(range(options.batch)),
         "step": 0,
@@ -229,33 +237,32 @@ def train_for(options: argparse.Namespace, schedule: Callable[..., Step], seed: 
         eval_encoder="judge",
         eval_num_inference_steps=[2],
     )
-    folder = open_pipeline(options.teacher)
-    encoders = Encoders(folder, PromptCleaner(), CPU, torch.float32)
-    prompts, held_out = read_training_prompts(teacher, encoders.cleaner), read_eval_prompts(config)
-    shape = folder.latent_shape(32, 64)
+    stage = Distill(ModelConfig(model_name_or_path=options.student), teacher, config)
+    folder, shown = stage.teacher_pipeline, stage.shown_prompts()
+    encoders = Encoders(folder, stage.cleaner, CPU, torch.float32)
     frozen = load(options.teacher)
+    shape = folder.latent_shape(32, 64)
     sampler = Sampler(frozen.transformer.eval(), frozen.scheduler, 28, 4.0, shape, CPU, folder.max_prompt_tokens)
-    from prx_post.base.ranks import Ranks
-
-    samples, cache = teacher_latents(teacher, prompts, encoders, (32, 64), lambda: sampler, Ranks(), held_out)
+    samples, cache = teacher_latents(teacher, stage.prompts, encoders, (32, 64), lambda: sampler, ALONE, shown)
     model = build_objective(options.student, options.teacher, cache.embeddings[content_key("")], config)
     plan = MixedPlan(len(samples), 0, 0.0, 64, seed, config.max_steps)
-    source = BatchSource(samples, None, cache, encoders, plan, micro_batch_size=64, num_steps=config.max_steps)
-    ema = EMA(model.transformer.parameters(), 0.99)
-    step, batches, updates = schedule(model), iter(source), 0
+    source = LatentSource(*(samples, None, cache, encoders, plan), micro_batch_size=64, randomness=stage.randomness())
+    ema = EMA(model.policy.parameters(), 0.99)
+    step, updates = schedule(model), 0
     ends = time.monotonic() + options.seconds
     while time.monotonic() < ends:
-        step(next(batches))
+        (batch,) = source.batches(updates)
+        step(batch)
         updates += 1
         ema.update(updates)
-    scheduler, _ = student_scheduler(folder, config)
-    student = Sampler(model.transformer.eval(), scheduler, 2, 1.0, shape, CPU, folder.max_prompt_tokens)
-    rewards = open_eval_rewards(config, held_out)
     output = Path(options.cache_dir) / "benchmark"
     output.mkdir(parents=True, exist_ok=True)
-    monitor = StudentMonitor(config, student, sampler, held_out, rewards, encoders, cache, output)
+    run: Any = SimpleNamespace(ranks=ALONE, signals=StopSignals(), device=CPU, output_dir=output, log=None)
+    student = Sampler(model.policy.eval(), stage.scheduler, 2, 1.0, shape, CPU, folder.max_prompt_tokens)
+    data = Encoded(samples, None, cache, encoders, str, "")
+    monitor = ImageMonitor(run, config, student, data, stage.judges, [], reference=sampler, reference_name="teacher")
     with ema.swapped_in():
-        return updates, monitor.evaluate(0)
+        return updates, monitor.validate(0)
 
 
 def arguments() -> Iterator[tuple[str, dict[str, Any]]]:

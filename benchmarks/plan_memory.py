@@ -52,16 +52,19 @@ def measure(root: Path, settings: dict[str, Any]) -> None:
     """Train in this process and write {"baseline", "peak"} to root/measured-<rank>.json."""
     import torch
 
+    from prx_post.cli import main as prx_post
+    from prx_post.engine.run import Run
     from prx_post.engine.trainer import Trainer
-    from prx_post.stages import sft
+    from prx_post.model.checkpoint import load
 
     on_gpu, seen = torch.cuda.is_available(), {}
-    load, fit = sft.load, Trainer.fit
+    transformer, fit = Run.transformer, Trainer.fit
 
-    def watched_load(pipeline: Any) -> Any:
-        warm_up(load("tiny").transformer, bf16=bool(settings.get("bf16")))
-        seen["baseline"] = torch.cuda.memory_allocated() if on_gpu else resident("VmRSS")
-        return load(pipeline)
+    def watched_transformer(run: Run, *args: Any) -> Any:
+        if not seen:
+            warm_up(load("tiny").transformer, bf16=bool(settings.get("bf16")))
+            seen["baseline"] = torch.cuda.memory_allocated() if on_gpu else resident("VmRSS")
+        return transformer(run, *args)
 
     def watched_fit(trainer: Trainer) -> dict[str, Any]:
         if on_gpu:
@@ -70,13 +73,13 @@ def measure(root: Path, settings: dict[str, Any]) -> None:
             Path("/proc/self/clear_refs").write_text("5")
         metrics = fit(trainer)
         seen["peak"] = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")
-        rank = trainer.accelerator.process_index
+        rank = trainer.run.ranks.rank
         (root / f"measured-{rank}.json").write_text(json.dumps(seen))
         os._exit(0)  # what follows, emitting, is not what is measured
         return metrics
 
-    sft.load, Trainer.fit = watched_load, watched_fit  # type: ignore[assignment]
-    sft.run(arguments(settings))
+    Run.transformer, Trainer.fit = watched_transformer, watched_fit  # type: ignore[assignment]
+    sys.exit(prx_post(["sft", *arguments(settings)]))
 
 
 def warm_up(transformer: Any, bf16: bool) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from prx_post.rewards import registry as base
+from prx_post.rewards import registry
 from tests.scorer_checkpoints import CHECKPOINTS, Size
 
 SIZE = Size(image=224, layers=4, times=4)
@@ -44,7 +44,7 @@ def timed(score: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
     return time.perf_counter() - began, scores
 
 
-def compare(name: str, reward: base.Reward, rounds: int, count: int) -> str:
+def compare(name: str, reward: registry.Reward, rounds: int, count: int) -> str:
     """A row of the table."""
     images, prompts = samples(count)
     pairs = list(zip(images, prompts, strict=True))
@@ -75,10 +75,12 @@ def main() -> None:
             folder = Path(temporary) / name
             folder.mkdir()
             write(folder, SIZE)
-            reward = base.load(name, weights=str(folder), device="cpu", batch_size=options.batch)
+            reward = registry.load(name, weights=str(folder), device="cpu", batch_size=options.batch)
             rows.append(compare(name, reward, options.rounds, options.pictures))
             print(rows[-1], flush=True)
-    rows.append(compare("jpeg_compressibility", base.load("jpeg_compressibility"), options.rounds, options.pictures))
+    rows.append(
+        compare("jpeg_compressibility", registry.load("jpeg_compressibility"), options.rounds, options.pictures)
+    )
     print(f"\n| scorer | pictures/s in batches of {options.batch} | one by one | ratio | scores differ by |")
     print("|---|---|---|---|---|")
     print("\n".join(rows))

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from prx_post.base.errors import PrxPostError
@@ -138,25 +137,52 @@ def test_one_batch_of_sixteen_equals_two_of_eight_accumulated(picture_folder, wa
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"optim": "muon"},
-        {"loss_weighting": "min_snr"},
-        {"contrastive_weight": 0.05},
-        {"immiscible": True},
-        {"bf16": True},
-        {"timestep_shift": 3.0, "caption_dropout": 1.0},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_every_option_trains_emits_and_makes_a_difference(picture_folder, warm_cache, tmp_path, changes):
-    train(*settings(picture_folder, warm_cache, tmp_path / "plain", max_steps=2))
-    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of a process's first run
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=2, **changes))
-    emitted, plain = (weights(tmp_path / name / "final") for name in ("run", "plain"))
-    assert all(torch.isfinite(w).all() for w in emitted.values())
-    assert any(not torch.equal(emitted[k], plain[k]) for k in emitted)
+def test_the_options_reach_the_objective_and_the_source(picture_folder, warm_cache, tmp_path, monkeypatch):
+    """What each does is tested on numbers by hand: tests/unit/test_sft_objective.py."""
+    from prx_post.stages.sft import stage as sft
+
+    seen = {}
+    made, drawn = sft.FlowMatchingObjective, sft.SFT.latent_source
+
+    def objective(policy, rate, **options):
+        seen["objective"] = options
+        return made(policy, rate, **options)
+
+    def source(self, run, data, **options):
+        seen["source"] = {"arrange": options["arrange"], **options["randomness"].keywords}
+        return drawn(self, run, data, **options)
+
+    monkeypatch.setattr(sft, "FlowMatchingObjective", objective)
+    monkeypatch.setattr(sft.SFT, "latent_source", source)
+    changes = {"loss_weighting": "min_snr", "contrastive_weight": 0.05, "immiscible": True, "timestep_shift": 3.0}
+    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=1, optim="muon", **changes))
+    assert seen["objective"] == {"min_snr_gamma": 5.0, "contrastive_weight": 0.05}
+    assert seen["source"] == {
+        **{"arrange": sft.immiscible, "mean": 0.0, "std": 1.0, "shift": 3.0, "uniform_fraction": 0.1}
+    }
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run" / "final").values())
+
+
+def test_bf16_computes_the_blocks_in_bfloat16_and_keeps_the_weights_in_fp32(
+    picture_folder, warm_cache, tmp_path, monkeypatch
+):
+    from diffusers import PRXTransformer2DModel
+
+    seen = set()
+    forward = PRXTransformer2DModel.forward
+
+    def spy(self, *args, **kwargs):
+        hook = self.blocks[0].attention.img_qkv_proj.register_forward_hook(
+            lambda module, given, output: seen.add((module.weight.dtype, output.dtype))
+        )
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(PRXTransformer2DModel, "forward", spy)
+    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=1, bf16=True))
+    assert seen == {(torch.float32, torch.bfloat16)}
 
 
 def test_lora_goes_with_bf16_and_gradient_checkpointing(picture_folder, warm_cache, tmp_path):

@@ -139,18 +139,6 @@ def test_real_and_fake_are_judged_at_the_same_level_with_the_same_noise():
     assert torch.allclose(fake - real, difference, atol=1e-5)
 
 
-def test_real_is_the_teachers_latent():
-    model = objective()
-    data = batch()
-    step = model.student_step(data)
-    t, noise = (data["ladd_t"], data["ladd_noise"])
-    _, metrics = model(data)
-    with torch.no_grad():
-        tokens = model.teacher.tokens([1, 4], interpolate(data["latents"], noise, t), t, step.prompts)
-        logits = model.networks["ladd"](tokens, t, *step.prompts, (4, 8))
-    assert metrics["real_logit"].item() == pytest.approx(logits.mean().item(), abs=1e-5)
-
-
 def test_one_backward_pass_gives_both_networks_the_gradients_of_two_separate_ones():
     """The combined update against the alternating one: the student's loss alone, then the heads' loss alone."""
     model = objective()
@@ -221,71 +209,6 @@ def test_methods_add_up_by_their_weights():
             assert torch.allclose(gradient, alone["ladd"][name], rtol=1e-4, atol=1e-8), name
 
 
-def test_dmd2_trains_the_fake_score_on_the_students_samples_alone():
-    model = objective(method=["dmd2"])
-    data = batch()
-    grads = gradients(model, data)
-    step = model.student_step(data)
-    t, noise = (data["dmd2_t"], data["dmd2_noise"])
-    sample = step.sample.detach()
-    fake = model.networks["dmd2"]
-    model.zero_grad()
-    velocity = predict_velocity(fake, interpolate(sample, noise, t), t, *step.prompts)
-    (velocity - (noise - sample)).square().mean().backward()
-    for name, parameter in fake.named_parameters():
-        assert torch.allclose(grads[f"networks.dmd2.{name}"], parameter.grad, rtol=1e-4, atol=1e-8), name
-
-
-def test_dmd2_pulls_the_student_from_the_fake_score_to_the_guided_teachers():
-    model = objective(method=["dmd2"])
-    data = batch()
-    grads = gradients(model, data)
-    step = model.student_step(data)
-    t, noise = (data["dmd2_t"], data["dmd2_noise"])
-    level = t.view(-1, 1, 1, 1)
-    sample = step.sample
-    with torch.no_grad():
-        x_t = (1 - level) * sample + level * noise
-        real = x_t - level * model.teacher.velocity(x_t, t, step.prompts)
-        fake = x_t - level * predict_velocity(model.networks["dmd2"], x_t, t, *step.prompts)
-        pull = (fake - real) / (sample - real).abs().mean((1, 2, 3), keepdim=True)
-    model.zero_grad()
-    # the gradient of the mean over all elements, at the sample
-    sample.backward(pull / pull.numel())
-    for name, parameter in model.policy.named_parameters():
-        assert torch.allclose(grads[f"policy.{name}"], parameter.grad, rtol=1e-3, atol=1e-8), name
-
-
-def test_r1_is_the_squared_change_under_a_little_noise_and_leaves_the_student_alone():
-    data = batch()
-    plain, penalised = gradients(objective(), data), gradients(objective(r1_weight=10.0, r1_noise=0.1), data)
-    assert all(torch.equal(plain[n], penalised[n]) for n in plain if n.startswith("policy."))
-    model = objective(r1_weight=10.0, r1_noise=0.1)
-    step = model.student_step(data)
-    t, noise = (data["ladd_t"], data["ladd_noise"])
-    little = data["r1_noise"]
-
-    def logits(x0):
-        tokens = model.teacher.tokens([1, 4], interpolate(x0, noise, t), t, step.prompts)
-        return model.networks["ladd"](tokens, t, *step.prompts, (4, 8))
-
-    with torch.no_grad():
-        change = logits(data["latents"] + 0.1 * little) - logits(data["latents"])
-        expected = change.square().mean().item() / 0.01
-    loss, metrics = model(data)
-    assert metrics["r1"].item() == pytest.approx(expected, rel=1e-3)
-    assert (loss - objective()(data)[0]).item() == pytest.approx(10 * expected, rel=1e-2)
-
-
-def test_velocity_regression_adds_the_guided_teachers_velocity():
-    data = batch()
-    _, metrics = objective(velocity_weight=0.5)(data)
-    model = objective()
-    step = model.student_step(data)
-    expected = (step.velocity - model.teacher.velocity(step.x_t, step.t, step.prompts)).square().mean()
-    assert metrics["velocity_mse"].item() == pytest.approx(expected.item(), rel=1e-4)
-
-
 def test_a_samples_draws_depend_on_its_seed_alone_and_no_method_on_the_others():
     everything = Randomness(lambda step: torch.ones(4), DENSITIES, has_r1=True)
     dmd2_alone = Randomness(lambda step: torch.ones(4), {"dmd2": DENSITIES["dmd2"]})
@@ -297,20 +220,9 @@ def test_a_samples_draws_depend_on_its_seed_alone_and_no_method_on_the_others():
         assert all((one - other).std() > 1 for other in noises[:i])
 
 
-def test_mismatched_prompts_count_as_fakes_and_leave_the_student_alone():
+@pytest.mark.parametrize("options", [{"r1_weight": 10.0, "r1_noise": 0.1}, {"mismatch_fraction": 0.25}])
+def test_what_only_the_heads_learn_from_leaves_the_student_alone(options):
     data = batch()
-    plain, more = gradients(objective(), data), gradients(objective(mismatch_fraction=0.25), data)
+    plain, more = gradients(objective(), data), gradients(objective(**options), data)
     assert all(torch.equal(plain[n], more[n]) for n in plain if n.startswith("policy."))
-    model = objective(mismatch_fraction=0.25)
-    step = model.student_step(data)
-    t, noise = (data["ladd_t"], data["ladd_noise"])
-    wrong = tuple(torch.stack([part[2], part[0], part[1]]) for part in step.prompts)
-    heads = model.networks["ladd"]
-    with torch.no_grad():
-        tokens = model.teacher.tokens([1, 4], interpolate(data["latents"], noise, t), t, wrong)
-        of_mismatched = (1 + heads(tokens, t, *wrong, (4, 8))).clamp_min(0).mean()
-        fakes = model.teacher.tokens([1, 4], interpolate(step.sample, noise, t), t, step.prompts)
-        of_fakes = (1 + heads(fakes, t, *step.prompts, (4, 8))).clamp_min(0).mean()
-    change = model(data)[1]["discriminator_loss"] - objective()(data)[1]["discriminator_loss"]
-    assert change.item() == pytest.approx(0.25 * (of_mismatched - of_fakes).item(), abs=1e-5)
-    assert abs(change) > 1e-4
+    assert any(not torch.equal(plain[n], more[n]) for n in plain if n.startswith("networks."))
