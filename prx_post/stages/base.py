@@ -168,9 +168,12 @@ class PipelineStage:
     def watched(self, data: Encoded) -> dict[str, Any]:
         """The monitor's judges and prompts."""
         prompts = self.config.sample_prompts or (data.captions() if self.config.sample_steps else [])
-        judges = self.judges
-        if self.config.eval_steps and not judges.prompts and judges.rewards:
+        judges, config = self.judges, self.config
+        wants_images = judges.rewards or config.eval_encoder or not getattr(config, "eval_rows", 0)
+        if config.eval_steps and not judges.prompts and wants_images:
             judges = Judges(data.captions(), judges.rewards)
+            for reward in judges.rewards.values():
+                reward.check(judges.prompts)
         return {"judges": judges, "grid_prompts": prompts}
 
     def emit(self, run: Run, data: Encoded, weights: dict[str, Tensor], metrics: dict[str, Any]) -> None:

@@ -160,3 +160,56 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_and_emits_nothing(picture
             )
         )
     assert not (tmp_path / "run" / "final").exists()
+
+
+def test_nothing_that_is_not_finite_is_emitted_and_the_last_checkpoint_is_named(
+    picture_folder, warm_cache, tmp_path, monkeypatch
+):
+    from prx_post.base.errors import PrxPostError
+    from prx_post.engine.trainer import Trainer
+
+    weights = Trainer.emitted_weights
+
+    def poisoned(self):
+        found = weights(self)
+        found["img_in.weight"][0, 0] = float("inf")
+        return found
+
+    monkeypatch.setattr(Trainer, "emitted_weights", poisoned)
+    with pytest.raises(PrxPostError, match=r"1 of 78 trained weights .* first img_in.weight.* the last checkpoint is checkpoint-000001"):
+        train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=1))
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_instead_of_giving_black_images(base, tmp_path):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from prx_post.cli import main
+
+    folder = tmp_path / "pipeline"
+    shutil.copytree(base, folder)
+    file = next((folder / "transformer").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["img_in.weight"] = torch.full_like(tensors["img_in.weight"], torch.nan)
+    save_file(tensors, file, metadata={"format": "pt"})
+    common = ["--height", "32", "--width", "64", "--output_dir", str(tmp_path / "out")]
+    assert main(["generate", "--model_name_or_path", str(folder), "--prompts", "12", *common]) == 2
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_checkpoint_of_an_earlier_layout_says_what_to_do(picture_folder, warm_cache, tmp_path):
+    from prx_post.base.errors import PrxPostError
+    from prx_post.engine.checkpointing import _digest_of
+
+    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=1))
+    (tmp_path / "run" / "final").rename(tmp_path / "final")
+    path = tmp_path / "run" / "checkpoint-000001" / "state.json"
+    info = json.loads(path.read_text())
+    del info["sha256"]
+    info["format"] = 2
+    path.write_text(json.dumps({**info, "sha256": _digest_of(info)}))
+    with pytest.raises(PrxPostError, match="has checkpoint format 2, but this prx-post resumes from format 3. Finish"):
+        train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=2, resume_from_checkpoint="latest"))

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -159,3 +160,29 @@ def test_a_deepspeed_file_may_not_contradict_the_run(tmp_path, content, message)
         read_deepspeed_json(str(path))
     with pytest.raises(ConfigError, match="which cannot be read"):
         read_deepspeed_json(str(tmp_path / "absent.json"))
+
+
+def test_a_key_that_stands_twice_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"is not valid YAML: max_steps stands there twice .*line 3"):
+        parse(KINDS, write(tmp_path, "max_steps: 5\noutput_dir: run\nmax_steps: 6\n"), "test")
+
+
+def test_all_unknown_keys_are_named_at_once_by_what_they_are_called_here(tmp_path):
+    text = "lr: 1.0e-4\nbatch_size: 4\nnum_train_epochs: 3\ncaption_column: text\nwarmup_step: 5\n"
+    with pytest.raises(ConfigError) as caught:
+        parse(KINDS, write(tmp_path, text), "test")
+    message = str(caught.value)
+    for hint in (
+        "lr in .* Here it is learning_rate.",
+        "batch_size in .* Here it is per_device_train_batch_size.",
+        "num_train_epochs in .* Instead: a run's length is max_steps, optimizer steps.",
+        "caption_column in .* Here it is prompt_column.",
+        r"warmup_step in .* Did you mean warmup_steps\?",
+    ):
+        assert re.search(hint, message), hint
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan", "-.inf"])
+def test_every_number_must_be_finite(tmp_path, value):
+    with pytest.raises(ConfigError, match="learning_rate is .*, but must be finite"):
+        parse(KINDS, [*write(tmp_path, f"learning_rate: {value}\n"), *COMPLETE], "test")
