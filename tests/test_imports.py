@@ -69,6 +69,17 @@ def test_every_part_has_a_row_and_the_allowed_graph_has_no_circle():
     graphlib.TopologicalSorter(ALLOWED).prepare()  # raises CycleError
 
 
+def module_of(path: Path) -> str:
+    parts = ("prx_post", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    known = {module_of(path) for path in FILES}
+    graph = {module_of(path): imports(path) & known - {module_of(path)} for path in FILES}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_the_engine_imports_accelerate_or_deepspeed(path):
     if part_of(path) != "engine":

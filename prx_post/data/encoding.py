@@ -13,7 +13,8 @@ from prx_post.base.ranks import Ranks
 from prx_post.data.buckets import Buckets, Size
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
 from prx_post.data.config import DataConfig
-from prx_post.data.readers import PREPROCESSING, BadRow, DataError, PictureRows, decode, image_size, report_bad_rows
+from prx_post.data.images import PREPROCESSING, decode, image_size
+from prx_post.data.rows import BadRow, DataError, PictureRows, report_bad_rows
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.codec import LatentCodec, to_pixels
 from prx_post.model.text import PromptCleaner, PromptEncoder, tokenize

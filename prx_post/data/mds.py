@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prx_post.data.config import DataConfig
-from prx_post.data.readers import DataError, PictureRows
+from prx_post.data.rows import DataError, PictureRows
 
 ENCODED, RAW_PIXELS = ("bytes", "jpeg", "png"), "pil"
 """Encodings of an image column: files as they are, or bare pixels."""

@@ -8,7 +8,9 @@ import torch
 from prx_post.base.errors import PrxPostError
 from prx_post.data.buckets import Buckets, Size
 from prx_post.data.config import DataConfig
-from prx_post.data.readers import PictureRows, image_size, read_rows
+from prx_post.data.images import image_size
+from prx_post.data.readers import read_rows
+from prx_post.data.rows import PictureRows
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.text import PromptCleaner, tokenize
 

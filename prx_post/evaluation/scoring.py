@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.ranks import Ranks
-from prx_post.data.readers import decode
+from prx_post.data.images import decode
 from prx_post.evaluation.config import EvalConfig
 from prx_post.evaluation.distances import diversity, frechet_estimate, mmd_estimate
 from prx_post.evaluation.features import NEEDS_REFERENCE, Encoder, MetricSpec, encode, open_encoder

@@ -21,7 +21,7 @@ from PIL import Image
 
 from prx_post import __version__
 from prx_post.base.net import TRANSIENT, is_loopback, is_public, resolve, retry_after
-from prx_post.data.readers import decode, readable
+from prx_post.data.images import decode, readable
 from prx_post.recipes.urls import FetchError, Target, parse_url, redirected
 
 EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}

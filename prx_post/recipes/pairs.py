@@ -24,7 +24,7 @@ from tqdm import tqdm
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import FolderLock, cannot_write, file_sha256, json_line, make_folder, require_empty
 from prx_post.base.settings import doc, require, require_one_of
-from prx_post.data.readers import decode
+from prx_post.data.images import decode
 from prx_post.recipes.tables import TableConfig, open_table
 
 GROUP_BYTES = 32 * 2**20

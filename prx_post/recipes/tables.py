@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from prx_post.base.settings import check_fields, doc, require
-from prx_post.data.readers import DataError, load_from_hub
+from prx_post.data.readers import load_from_hub
+from prx_post.data.rows import DataError
 
 
 @dataclass

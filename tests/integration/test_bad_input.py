@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prx_post.data.readers import DataError
+from prx_post.data.rows import DataError
 from tests.integration.test_sft import settings
 from tests.running import train_sft as train
 
@@ -176,7 +176,9 @@ def test_nothing_that_is_not_finite_is_emitted_and_the_last_checkpoint_is_named(
         return found
 
     monkeypatch.setattr(Trainer, "emitted_weights", poisoned)
-    with pytest.raises(PrxPostError, match=r"1 of 78 trained weights .* first img_in.weight.* the last checkpoint is checkpoint-000001"):
+    with pytest.raises(
+        PrxPostError, match=r"1 of 78 trained weights .* first img_in.weight.* the last checkpoint is checkpoint-000001"
+    ):
         train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=1))
     assert not (tmp_path / "run" / "final").exists()
 

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from prx_post.data.config import DataConfig
-from prx_post.data.readers import DataError, decode, read_rows
+from prx_post.data.images import decode
+from prx_post.data.readers import read_rows
+from prx_post.data.rows import DataError
 from tests.misbehaving import picture
 
 

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from prx_post.data.config import DataConfig
-from prx_post.data.readers import BadRow, DataError, decode, image_size, read_rows, report_bad_rows
+from prx_post.data.images import decode, image_size
+from prx_post.data.readers import read_rows
+from prx_post.data.rows import BadRow, DataError, report_bad_rows
 
 
 def png(size=(8, 6)) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prx_post.data.readers import readable
+from prx_post.data.images import readable
 
 SERVICE = "prx-post rewards"
 VERSION = 1

@@ -22,7 +22,7 @@ from prx_post.data.buckets import Buckets
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
 from prx_post.data.encoding import EncodedCache, Encoders, Sample, fill_cache, prepare, with_what_others_wrote
 from prx_post.data.prompts import read_prompt_rows
-from prx_post.data.readers import PictureRows
+from prx_post.data.rows import PictureRows
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.sampler import Sampler
 from prx_post.model.text import PromptCleaner
