@@ -62,6 +62,8 @@ class ListSource:
 class NoMonitor:
     """Never looks; a test may give it functions that do."""
 
+    keeps_best = True
+
     def __init__(self, **functions: Any) -> None:
         vars(self).update(functions)
 

@@ -92,6 +92,10 @@ class Reference(Protocol):
 class Monitor(Protocol):
     """Validation while training. All ranks call it alike, with the averaged weights in place."""
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best weights, not the last, are emitted."""
+
     def is_due(self, step: int) -> bool: ...
 
     def validate(self, step: int) -> dict[str, float]:

@@ -148,9 +148,8 @@ class Trainer:
 
         Empty elsewhere. A collective under ZeRO.
         """
-        best = self.run.output_dir / BEST
-        if self.run.ranks.on_main(best.is_file):
-            return load_file(best) if self.run.ranks.is_main else {}
+        if self.monitor.keeps_best and self._has_best():
+            return load_file(self.run.output_dir / BEST) if self.run.ranks.is_main else {}
         return self.averaged_weights()
 
     def averaged_weights(self) -> dict[str, Tensor]:

@@ -117,6 +117,10 @@ class ImageMonitor:
         name = self.config.eval_encoder if self.config.eval_steps else None
         self._encoder: Encoder | None = open_encoder(name, self.run.device, "float32", 16) if name else None
 
+    @property
+    def keeps_best(self) -> bool:
+        return self.config.load_best_model_at_end
+
     def is_due(self, step: int) -> bool:
         return self._is_grid_due(step) or self._is_due(self.config.eval_steps, step)
 
@@ -133,7 +137,7 @@ class ImageMonitor:
         if not self.config.eval_steps or self._key(name) not in metrics:
             return False
         is_new = self._note(metrics)
-        return is_new and self.config.load_best_model_at_end
+        return is_new and self.keeps_best
 
     def watch(self, step: int, metrics: dict[str, float]) -> None:
         patience, name = self.config.early_stopping_patience, self.config.metric_for_best_model
