@@ -17,7 +17,11 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("golden")
 
 
-@pytest.mark.parametrize("name", golden.RUNS)
+# `python -m tests.golden check` compares all of them, to the bit on the machine that recorded them.
+CHECKED = [name for name in golden.RUNS if name.endswith("-1") or name.startswith(("sft-", "distill-together-"))]
+
+
+@pytest.mark.parametrize("name", CHECKED)
 def test_losses_and_weights_are_the_recorded_ones(name, picture_folder, prompts_file, place):
     found = golden.measure(name, picture_folder, prompts_file, place / "cache", place)
     loss, weights = golden.compare(found, golden.recorded()[name])
