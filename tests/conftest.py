@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -71,12 +70,15 @@ def warm_cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def prx_post():
+def prx_post(tmp_path_factory):
     """Run the command line in a process of its own; returns its CompletedProcess."""
+    from tests.processes import Child
 
     def run(*args: object, check: bool = False) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "prx_post.cli", *map(str, args)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        folder = tmp_path_factory.mktemp("command")
+        out, err = folder / "out", folder / "err"
+        code = Child([*args], out, errors=err, **os.environ).wait(timeout=600)
+        result = subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
         if check:
             assert result.returncode == 0, result.stderr
         return result

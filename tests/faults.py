@@ -1,7 +1,6 @@
 """Runs that are killed, starved and resumed. Children are forked from a server that has already imported everything."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -16,9 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from prx_post.engine.checkpointing import checkpoints
-
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["prx_post.stages.sft", "diffusers", "trl", "datasets.packaged_modules", "tests.faults"])
+from tests.processes import FORK
 
 
 def sft_arguments(pictures: Path, cache: Path, output_dir: Path, **changes: object) -> list[str]:

@@ -17,25 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(
-    [
-        "tests.preloaded",
-        "prx_post.stages.sft.stage",
-        "prx_post.stages.distill.stage",
-        "prx_post.stages.run",
-        "tests.processes",
-        "tests.faults",
-    ]
-)
+FORK.set_forkserver_preload(["tests.preloaded", "tests.processes", "tests.faults"])
 # Of the runs' own settings a child sees what its test gives it: pytest's process may have met others already.
 LAUNCHERS_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def _run_cli(args: list[str], log: Path, env: dict[str, str], prepare: Callable[[], None] | None) -> None:
+def _run_cli(args: list[str], log: Path, errors: Path, env: dict[str, str], prepare: Callable[[], None] | None) -> None:
     os.setsid()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    for stream, path in ((1, log), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     for name in LAUNCHERS_OWN:
         os.environ.pop(name, None)
     os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env})
@@ -55,11 +45,20 @@ class Child:
 
     Args:
         prepare: called in the child before the command; must pickle.
+        errors: where standard error goes; None: to `log`, too.
     """
 
-    def __init__(self, args: list[object], log: Path, prepare: Callable[[], None] | None = None, **env: str) -> None:
+    def __init__(
+        self,
+        args: list[object],
+        log: Path,
+        prepare: Callable[[], None] | None = None,
+        errors: Path | None = None,
+        **env: str,
+    ) -> None:
         self.log = log
-        self._process = FORK.Process(target=_run_cli, args=([*map(str, args)], log, env, prepare))
+        given = ([*map(str, args)], log, errors or log, env, prepare)
+        self._process = FORK.Process(target=_run_cli, args=given)
         self._process.start()
 
     @property

@@ -30,7 +30,6 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         flush(partial)
         partial.replace(path)
-        flush(path.parent)
     finally:
         _remove(partial)
 

@@ -63,9 +63,10 @@ class CheckpointSpec:
             except ValueError as error:
                 raise ConfigError(f"{key} of checkpoint {name} is {value!r}, but must be a number.") from error
             spec = replace(spec, **changed)
-        for field, least in (("guidance_scale", 1), ("num_inference_steps", 1)):
-            value = getattr(spec, field)
-            require(value >= least, field, value, f"{least} or more", "the pipeline refuses less", "Correct it")
+        guidance, steps = spec.guidance_scale, spec.num_inference_steps
+        reason, action = "the pipeline refuses less", "Set guidance_scale to 1 to sample without guidance"
+        require(guidance >= 1, "guidance_scale", guidance, "1 or more", reason, action)
+        require(steps > 0, "num_inference_steps", steps, "above 0", "it counts something", "Set it to 8, for instance")
         if spec.sampler is not None:
             require_one_of(f"sampler of checkpoint {name}", spec.sampler, SAMPLERS)
         last = spec.shift_terminal
