@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from prx_post import __version__
@@ -90,7 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {name!r} is not a command. Choose from {', '.join(_listed())}.", file=sys.stderr)
         return 2
     try:
-        return _run(name, rest)
+        flags, own = split_launch_flags(rest) if _is_launched(name) else ({}, list(rest))
+        call = _stage(name, own) if name in REGISTRY else _command(name, own, check_only=bool(flags))
+        if flags:
+            return importlib.import_module("prx_post.engine.launch").launch(name.split(), own, flags)
+        call()
     except PrxPostError as error:
         line = error.report()
         if line is not None:
@@ -99,21 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: no pipeline was written by this command", file=sys.stderr)
         return 130
-
-
-def _run(name: str, args: Sequence[str]) -> int:
-    flags, own = split_launch_flags(args) if _is_launched(name) else ({}, list(args))
-    call = _stage(name, own) if name in REGISTRY else _command(name, own, check_only=bool(flags))
-    if flags:
-        return importlib.import_module("prx_post.engine.launch").launch(name.split(), own, flags)
-    call()
     return 0
 
 
 def _stage(name: str, args: Sequence[str]) -> Callable[[], Any]:
     """A stage, its settings read and checked."""
     configs = parse(REGISTRY[name].configs(), args, f"prx-post {name}")
-    return lambda: importlib.import_module("prx_post.stages.run").run(name, configs)
+    return partial(importlib.import_module("prx_post.stages.run").run, name, configs)
 
 
 def _command(name: str, args: Sequence[str], check_only: bool) -> Callable[[], Any]:
@@ -122,7 +119,7 @@ def _command(name: str, args: Sequence[str], check_only: bool) -> Callable[[], A
     module = importlib.import_module(command.module)
     if check_only and configs is None:
         module.check(args)
-    return lambda: getattr(module, command.function)(args if configs is None else configs)
+    return partial(getattr(module, command.function), args if configs is None else configs)
 
 
 def split_launch_flags(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -1,8 +1,9 @@
 """One optimizer over an objective's parameter groups, whichever engine runs it: torch, DDP or ZeRO."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -11,7 +12,7 @@ from prx_post.engine.config import TrainConfig
 from prx_post.engine.optim import Schedule, build_optimizer, check_groups, named_parameters
 from prx_post.engine.partition import Partition
 from prx_post.engine.processes import autocast
-from prx_post.engine.protocols import Batch, Objective
+from prx_post.engine.protocols import Objective
 
 
 class Stepper:
@@ -44,15 +45,13 @@ class Stepper:
         self._put_moments_back = self.partition.moments_of(self._waiting)
         self.grad_norm, self.group_norms = math.nan, {}
 
-    @contextmanager
-    def micro_batch(self) -> Iterator[None]:
+    def micro_batch(self) -> AbstractContextManager[Any]:
         """Around a forward and backward pass; gradients are reduced in the step's last one."""
-        with self._accelerator.accumulate(self.objective):
-            yield
+        return self._accelerator.accumulate(self.objective)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        with autocast(self._config, self._accelerator):
-            return self.objective(batch)
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Around a forward pass."""
+        return autocast(self._config, self._accelerator)
 
     def backward(self, loss: Tensor) -> None:
         """With DeepSpeed the last one of a step also clips, steps and zeroes."""

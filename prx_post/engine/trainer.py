@@ -174,7 +174,8 @@ class Trainer:
         losses: list[Tensor] = []
         for batch in self._fetched():
             with stepper.micro_batch():
-                loss, metrics = stepper.forward(batch)
+                with stepper.autocast():
+                    loss, metrics = self.objective(batch)
                 stepper.backward(loss)
             seen.append(batch)
             losses.append(loss.detach())

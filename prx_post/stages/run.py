@@ -20,24 +20,27 @@ def run(name: str, configs: tuple[Any, ...]) -> Path:
     stage = find(name).stage()(*configs)
     check_trackers(stage.config.report_to)
     settings = {key: value for part in configs for key, value in dataclasses.asdict(part).items()}
-    with open_run(stage.config, settings, rules_of(stage.configs)) as opened:
-        if not opened.is_finished:
-            _train(stage, opened)
-        opened.accelerator.print(f"pipeline in {opened.final}")
-        return opened.final
+    with open_run(stage.config, settings, rules_of(stage.configs)) as run:
+        if not run.is_finished:
+            trainer, data = _prepare(stage, run)
+            with run.log:
+                if run.saved:
+                    trainer.resume(run.saved)
+                metrics = trainer.fit()
+                weights = trainer.emitted_weights()
+                run.ranks.on_main(lambda: stage.emit(run, data, weights, metrics))
+        run.accelerator.print(f"pipeline in {run.final}")
+        return run.final
 
 
-def _train(stage: Stage, run: Run) -> None:
+def _prepare(stage: Stage, run: Run) -> tuple[Trainer, Any]:
+    """The trainer, and the data that it trains on."""
     data = stage.data(run)
     identity = {"stage": stage.name, **stage.identity(run, data)}
     run.seed()
     objective = stage.objective(run, data)
     run.seed(run.ranks.rank)
     source = stage.source(run, data, objective)
-    with RunLog(run) as run.log:
-        trainer = Trainer(run, objective, source, stage.monitor(run, data, objective), run.log, identity)
-        if run.saved:
-            trainer.resume(run.saved)
-        metrics = trainer.fit()
-        weights = trainer.emitted_weights()
-        run.ranks.on_main(lambda: stage.emit(run, data, weights, metrics))
+    monitor = stage.monitor(run, data, objective)
+    run.log = RunLog(run)
+    return Trainer(run, objective, source, monitor, run.log, identity), data
