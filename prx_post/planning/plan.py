@@ -16,14 +16,14 @@ from prx_post.planning import report
 from prx_post.planning.disk import run_size
 from prx_post.planning.parallel import read_parallel
 from prx_post.planning.planner import Planner
-from prx_post.stages.registry import REGISTRY, find
+from prx_post.stages.registry import find
 
 
 @dataclass
 class PlanConfig:
     """What is planned, and for which machine. The other settings are the stage's own."""
 
-    stage: str = doc("Stage that is planned.", "sft", one_of=tuple(REGISTRY))
+    stage: str = doc("Stage that is planned.", "sft")
     accelerate_config: str | None = doc(
         "As in a launch: one of TRL's (`multi_gpu`, `zero1`, `zero2`, `zero3`), or an accelerate config file.", None
     )

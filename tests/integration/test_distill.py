@@ -125,7 +125,7 @@ METHODS = [
     {"method": ["dmd2", "ladd"]},
     {"method": ["trajectory", "ladd"], "use_peft": True, "lora_r": 4, "lora_dropout": 0.2},
     {"method": ["dmd2"], "use_peft": True, "lora_r": 4, "velocity_weight": 0.1},
-    {"method": ["ladd", "dmd2"], "bf16": True, "gradient_checkpointing": True, "optim": "muon"},
+    {"method": ["ladd"], "bf16": True, "gradient_checkpointing": True, "optim": "muon"},
 ]
 
 

@@ -200,7 +200,7 @@ def test_fewer_processes_than_asked_for_are_an_error(picture_folder, tmp_path):
     assert "num_processes is 2, but accelerate runs 1 process" in result.stderr
 
 
-def test_what_is_wrong_is_said_once_whoever_launches(picture_folder, tmp_path):
+def test_what_is_wrong_is_said_once_whoever_launches(picture_folder, tmp_path, prx_post):
     plain = arguments("ddp", picture_folder, tmp_path / "cache", tmp_path / "run")
     for flags, message in (
         (["--accelerate_config", "zero4"], "accelerate_config is 'zero4'"),
@@ -208,7 +208,7 @@ def test_what_is_wrong_is_said_once_whoever_launches(picture_folder, tmp_path):
         (["--num_processes"], "--num_processes is without a value"),
         (["--accelerate_config", "zero2", "--optim", "muon"], "optim is 'muon', but must be adamw with deepspeed"),
     ):
-        result = launch(sys.executable, "-m", "prx_post.cli", *plain, *flags)
+        result = prx_post(*plain, *flags)
         assert result.returncode == 2, result.stderr
         assert [message in line for line in result.stderr.splitlines() if line.startswith("error")] == [True]
     assert not (tmp_path / "run").exists()

@@ -29,7 +29,7 @@ def short(monkeypatch):
 def test_a_build_makes_a_pipeline_and_a_judge_and_goes_on_where_it_was_broken_off(short, tmp_path, monkeypatch):
     folder = tmp_path / "build"
     with monkeypatch.context() as broken:
-        broken.setattr(recipe, "train", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(recipe, "run", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             recipe.build(folder, seed=0)
     judged = (folder / "judge.safetensors").stat().st_mtime_ns
