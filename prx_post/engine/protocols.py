@@ -111,14 +111,5 @@ class Monitor(Protocol):
         """Take up what earlier evaluations, a line each, have come to."""
 
 
-def mark_last(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Each batch, and whether it is the last."""
-    previous = next(batches)
-    for batch in batches:
-        yield previous, False
-        previous = batch
-    yield previous, True
-
-
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

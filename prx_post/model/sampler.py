@@ -101,16 +101,6 @@ def generate_images(
         yield from to_images(decode(latents))
 
 
-def grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Put pictures of one size in rows of `columns`, `gap` pixels apart."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), (200, 200, 200))
-    for i, image in enumerate(images):
-        sheet.paste(image, ((i % columns) * (width + gap), (i // columns) * (height + gap)))
-    return sheet
-
-
 def default_device() -> torch.device:
     """The GPU of this process (by LOCAL_RANK, where a launcher set it), or the CPU."""
     if not torch.cuda.is_available():
