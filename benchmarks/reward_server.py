@@ -49,7 +49,7 @@ TOLERANCE = 1e-4
 """The last bits of a network's output depend on which pictures share its batch."""
 
 
-def pictures(count: int, size: int) -> tuple[list[Image.Image], list[str]]:
+def square_numbers(count: int, size: int) -> tuple[list[Image.Image], list[str]]:
     """Handwritten numbers in a square, with a little noise: like generated pictures, they hardly compress."""
     rng = np.random.default_rng(size)
     numbers = [int(n) for n in rng.integers(10, 1000, size=count)]
@@ -91,7 +91,7 @@ def by_clients(remotes: Sequence[Reward], images: Sequence[Image.Image], prompts
 def measure(target: str, url: str, clients: Sequence[int], count: int, size: int, rounds: int) -> list[list[float]]:
     """Pictures/s, a list a round: in process, then with each number of clients."""
     reward, remotes = load(target), [load(url) for _ in range(max(clients))]
-    images, prompts = pictures(count, size)
+    images, prompts = square_numbers(count, size)
     expected = in_process(reward, images, prompts)
     by_clients(remotes, images, prompts)  # opens the connections
     speeds = []

@@ -1,7 +1,7 @@
 """The pictures of an evaluation on disk: drawn once, reused by a later run of the same settings.
 
 images/<checkpoint>/drawn.json                                what they were drawn with
-images/<checkpoint>/timing.jsonl                              a line a process and run: pictures, seconds
+images/<checkpoint>/speed.jsonl                              a line a process and run: pictures, seconds
 images/<checkpoint>/<set>/<index>-seed<s>.png                 each with its settings in its metadata
 trajectories/<checkpoint>/<set>/<index>-seed<s>/<step>.png    the picture expected at each step
 """
@@ -102,16 +102,16 @@ class Gallery:
 
     def timing(self) -> dict[str, float] | None:
         """`images_per_second` of all processes together and `seconds_per_image` of one; None if nothing was drawn."""
-        path = self.folder / "timing.jsonl"
+        path = self.folder / "speed.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         if not lines:
             return None
         ranks: dict[int, tuple[int, float]] = {}
         for line in lines:
-            pictures, seconds = ranks.get(line["rank"], (0, 0.0))
-            ranks[line["rank"]] = pictures + line["pictures"], seconds + line["seconds"]
+            count, seconds = ranks.get(line["rank"], (0, 0.0))
+            ranks[line["rank"]] = count + line["images"], seconds + line["seconds"]
         total, seconds = (sum(values) for values in zip(*ranks.values(), strict=True))
-        rate = sum(pictures / spent for pictures, spent in ranks.values())
+        rate = sum(count / spent for count, spent in ranks.values())
         return {"images_per_second": round(rate, 3), "seconds_per_image": round(seconds / total, 4)}
 
 
@@ -134,17 +134,17 @@ def draw(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, ranks: Ranks
     sampler = build_sampler(checkpoint, gallery.size, spec.num_inference_steps, spec.guidance_scale, device)
     encoders.prompts, encoders.codec  # load both before the clock starts  # noqa: B018
     embed = _Memo(encoders)
-    pictures, seconds = 0, 0.0
+    count, seconds = 0, 0.0
     quiet = ranks.rank > 0
     for batch in tqdm(missing, desc=f"drawing {spec.name}", unit="batch", disable=quiet):
         began = time.perf_counter()
         prompts, seeds = [job.prompt for job in batch], [job.noise_seed for job in batch]
         images = list(generate_images(sampler, embed, encoders.codec.decode, prompts, seeds, len(batch)))
-        seconds, pictures = seconds + time.perf_counter() - began, pictures + len(batch)
+        seconds, count = seconds + time.perf_counter() - began, count + len(batch)
         _save(gallery, batch, images)
-    if pictures:
-        line = {"rank": ranks.rank, "pictures": pictures, "seconds": seconds}
-        with (gallery.folder / "timing.jsonl").open("a") as file:
+    if count:
+        line = {"rank": ranks.rank, "images": count, "seconds": seconds}
+        with (gallery.folder / "speed.jsonl").open("a") as file:
             file.write(json_line(line))
     for job in strips:
         _save_trajectory(gallery, job, sampler, embed, encoders)

@@ -52,7 +52,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Fetched:
     """A picture that was fetched and decoded: its original bytes, and what they are."""
 
     data: bytes
@@ -85,7 +85,7 @@ class Fetcher:
         self._tls = ssl.create_default_context()
         self._decoding = threading.Semaphore(2)  # a decoded picture takes 3 to 4 bytes a pixel
 
-    def fetch(self, url: str) -> Picture:
+    def fetch(self, url: str) -> Fetched:
         """The picture at `url`, after redirects. Raises FetchError."""
         deadline = time.monotonic() + self.limits.total_s
         for _ in range(self.limits.max_redirects + 1):
@@ -173,7 +173,7 @@ class Fetcher:
             raise FetchError(reason, permanent=False, http_status=status)
         return bytes(body)
 
-    def _picture(self, data: bytes, status: int) -> Picture:
+    def _picture(self, data: bytes, status: int) -> Fetched:
         try:
             with readable(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 kind, pixels = str(image.format), image.width * image.height
@@ -183,7 +183,7 @@ class Fetcher:
                 shown = decode(data, FORMATS)
         except OSError as error:
             raise FetchError(f"no usable picture: {error}", permanent=True, http_status=status) from error
-        return Picture(data, EXTENSIONS[kind], shown.height, shown.width, status)
+        return Fetched(data, EXTENSIONS[kind], shown.height, shown.width, status)
 
 
 def _check_status(response: http.client.HTTPResponse) -> None:

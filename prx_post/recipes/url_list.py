@@ -27,7 +27,7 @@ from tqdm import tqdm
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import PARTIAL, FolderLock, make_folder, write_bytes, write_jsonl
 from prx_post.base.settings import doc, require
-from prx_post.recipes.download import EXTENSIONS, Fetcher, Limits, Picture
+from prx_post.recipes.download import EXTENSIONS, Fetcher, Limits, Fetched
 from prx_post.recipes.manifest import Entry, Journal, by_reason, damage, read_manifest, verify
 from prx_post.recipes.tables import TableConfig, open_table
 from prx_post.recipes.urls import FetchError
@@ -200,7 +200,7 @@ class Patient:
         self.stop = threading.Event()
         self._per_host, self._hosts, self._lock = config.per_host, dict[str, threading.Semaphore](), threading.Lock()
 
-    def fetch(self, url: str) -> tuple[Picture | FetchError, int]:
+    def fetch(self, url: str) -> tuple[Fetched | FetchError, int]:
         """The picture or the last failure, and the number of tries."""
         for attempt in itertools.count(1):
             try:

@@ -10,9 +10,9 @@ import pytest
 
 from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.recipes.pairs import PairsConfig, run
-from tests.misbehaving import picture
+from tests.misbehaving import encoded_image
 
-A, B, C, D = (picture("JPEG", seed=i) for i in range(4))
+A, B, C, D = (encoded_image("JPEG", seed=i) for i in range(4))
 
 
 def pick_a_pic(path, rows):

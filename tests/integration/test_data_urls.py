@@ -15,7 +15,7 @@ from prx_post.data.config import DataConfig
 from prx_post.data.readers import read_rows
 from prx_post.recipes import url_list
 from prx_post.recipes.url_list import UrlListConfig, run
-from tests.misbehaving import Server, picture, response, sends
+from tests.misbehaving import Server, encoded_image, response, sends
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def contents(folder) -> dict[str, bytes]:
 
 def test_the_result_is_an_image_folder_and_the_manifest_says_what_became_of_each_row(server, tmp_path, capsys):
     server.handlers |= {
-        "/a": sends(response(picture("JPEG", seed=1))),
-        "/b": sends(response(picture("PNG", seed=2))),
+        "/a": sends(response(encoded_image("JPEG", seed=1))),
+        "/b": sends(response(encoded_image("PNG", seed=2))),
         "/html": sends(response(b"<html>gone</html>", Content_Type="image/jpeg")),
     }
     rows = [
@@ -68,7 +68,7 @@ def test_the_result_is_an_image_folder_and_the_manifest_says_what_became_of_each
 
     read = read_rows(DataConfig(dataset_name=str(folder)))
     assert read.prompts == ["a red cube, on a table", "two\nlines"]
-    assert [read.image_bytes(0), read.image_bytes(1)] == [picture("JPEG", seed=1), picture("PNG", seed=2)]
+    assert [read.image_bytes(0), read.image_bytes(1)] == [encoded_image("JPEG", seed=1), encoded_image("PNG", seed=2)]
 
     found = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     assert [(e["key"], e["status"], e["reason"]) for e in found] == [
@@ -80,7 +80,7 @@ def test_the_result_is_an_image_folder_and_the_manifest_says_what_became_of_each
         ("f", "skipped", "no prompt"),
         ("a", "skipped", "the key of an earlier row"),
     ]
-    assert (found[0]["width"], found[0]["height"], found[0]["bytes"]) == (40, 30, len(picture("JPEG", seed=1)))
+    assert (found[0]["width"], found[0]["height"], found[0]["bytes"]) == (40, 30, len(encoded_image("JPEG", seed=1)))
     assert found[1]["file_name"].endswith(".png")
     assert sorted(p.suffix for p in folder.iterdir()) == [".jpg", ".jsonl", ".jsonl", ".png"]
     printed = capsys.readouterr().out
@@ -100,13 +100,13 @@ def test_keys_that_differ_in_case_alone_or_hold_odd_characters_get_files_of_thei
 
 
 def test_a_second_run_fetches_nothing_that_is_settled(server, tmp_path):
-    server.handlers |= {"/a": sends(response(picture())), "/b": sends(response(b"", "500 Error"))}
+    server.handlers |= {"/a": sends(response(encoded_image())), "/b": sends(response(b"", "500 Error"))}
     rows = [("a", server.url("/a"), "one"), ("b", server.url("/b"), "two"), ("c", server.url("/c"), "three")]
     settings = config(write_table(tmp_path / "list.csv", rows), tmp_path / "out", max_attempts=2)
     run(settings)
     assert server.hits == {"/a": 1, "/b": 2, "/c": 1}
-    server.handlers["/b"] = sends(response(picture(seed=2)))
-    server.handlers["/c"] = sends(response(picture(seed=3)))
+    server.handlers["/b"] = sends(response(encoded_image(seed=2)))
+    server.handlers["/c"] = sends(response(encoded_image(seed=3)))
     run(settings)
     assert server.hits == {"/a": 1, "/b": 3, "/c": 1}  # what may come back was tried, what is gone was not
     assert manifest(tmp_path / "out")["b"]["status"] == "ok"
@@ -117,7 +117,7 @@ def test_a_second_run_fetches_nothing_that_is_settled(server, tmp_path):
 
 
 def test_a_shorter_list_and_rows_with_the_same_key_lose_nothing_of_what_was_fetched(server, tmp_path):
-    server.handlers |= {f"/{name}": sends(response(picture(seed=i))) for i, name in enumerate("abc")}
+    server.handlers |= {f"/{name}": sends(response(encoded_image(seed=i))) for i, name in enumerate("abc")}
     rows = [*((name, server.url(f"/{name}"), name) for name in "abc"), ("a", server.url("/b"), "the key of the first")]
     table = write_table(tmp_path / "list.csv", rows)
     run(config(table, tmp_path / "out"))
@@ -131,9 +131,9 @@ def test_a_shorter_list_and_rows_with_the_same_key_lose_nothing_of_what_was_fetc
 
 def test_transient_failures_are_tried_again_after_the_pause_that_the_server_asked_for(server, tmp_path, monkeypatch):
     server.handlers |= {
-        "/busy": sends(response(b"", "429 Too Many", Retry_After="1"), response(picture())),
-        "/twice": sends(response(b"", "500 Error"), response(b"", "500 Error"), response(picture())),
-        "/cut": sends(response(picture()[:99], length=500), response(picture())),
+        "/busy": sends(response(b"", "429 Too Many", Retry_After="1"), response(encoded_image())),
+        "/twice": sends(response(b"", "500 Error"), response(b"", "500 Error"), response(encoded_image())),
+        "/cut": sends(response(encoded_image()[:99], length=500), response(encoded_image())),
         "/later": sends(response(b"", "503 Unavailable", Retry_After="3600")),
     }
     rows = [(path[1:], server.url(path), path) for path in server.handlers]
@@ -147,7 +147,7 @@ def test_transient_failures_are_tried_again_after_the_pause_that_the_server_aske
 
 
 def test_a_url_of_several_rows_is_fetched_once(server, tmp_path):
-    server.handlers["/a"] = sends(response(picture()))
+    server.handlers["/a"] = sends(response(encoded_image()))
     table = write_table(tmp_path / "list.csv", [("a", server.url("/a"), "one"), ("b", server.url("/a"), "two")])
     run(config(table, tmp_path / "out"))
     write_table(table, [("a", server.url("/a"), "one"), ("b", server.url("/a"), "two"), ("c", server.url("/a"), "3")])
@@ -155,11 +155,11 @@ def test_a_url_of_several_rows_is_fetched_once(server, tmp_path):
     assert server.hits == {"/a": 1}
     rows = read_rows(DataConfig(dataset_name=str(tmp_path / "out")))
     assert rows.prompts == ["one", "two", "3"]
-    assert {rows.image_bytes(i) for i in range(3)} == {picture()}
+    assert {rows.image_bytes(i) for i in range(3)} == {encoded_image()}
 
 
 def test_a_damaged_or_missing_file_is_named_and_fetched_again(server, tmp_path, capsys):
-    server.handlers |= {f"/{name}": sends(response(picture(seed=i))) for i, name in enumerate("abc")}
+    server.handlers |= {f"/{name}": sends(response(encoded_image(seed=i))) for i, name in enumerate("abc")}
     rows = [(name, server.url(f"/{name}"), name) for name in "abc"]
     settings = config(write_table(tmp_path / "list.csv", rows), tmp_path / "out")
     run(settings)
@@ -189,8 +189,8 @@ def test_a_damaged_or_missing_file_is_named_and_fetched_again(server, tmp_path, 
 
 def test_a_damaged_file_that_cannot_be_fetched_again_is_not_left_among_the_pictures(server, tmp_path):
     server.handlers |= {
-        "/a": sends(response(picture())),
-        "/b": sends(response(picture(seed=1)), response(b"", "410 Gone")),
+        "/a": sends(response(encoded_image())),
+        "/b": sends(response(encoded_image(seed=1)), response(b"", "410 Gone")),
     }
     table = write_table(tmp_path / "list.csv", [(name, server.url(f"/{name}"), name) for name in "ab"])
     run(config(table, tmp_path / "out"))
@@ -202,7 +202,7 @@ def test_a_damaged_file_that_cannot_be_fetched_again_is_not_left_among_the_pictu
 
 
 def test_too_many_lost_rows_are_an_error_that_keeps_the_pictures(server, tmp_path):
-    server.handlers["/a"] = sends(response(picture()))
+    server.handlers["/a"] = sends(response(encoded_image()))
     table = write_table(tmp_path / "list.csv", [("a", server.url("/a"), "one"), ("b", server.url("/b"), "two")])
     with pytest.raises(PrxPostError, match=r"1 of 2 rows are lost, but max_lost_fraction is 0\.4"):
         run(config(table, tmp_path / "out", max_lost_fraction=0.4))
@@ -223,7 +223,7 @@ def test_a_full_disk_ends_the_run_and_leaves_no_half_written_file(server, tmp_pa
 
     from prx_post.base import files
 
-    server.handlers["/a"] = sends(response(picture()))
+    server.handlers["/a"] = sends(response(encoded_image()))
     table = write_table(tmp_path / "list.csv", [("a", server.url("/a"), "one")])
 
     def full(descriptor):
@@ -242,7 +242,7 @@ def test_a_full_disk_ends_the_run_and_leaves_no_half_written_file(server, tmp_pa
 def test_a_folder_with_something_else_in_it_and_one_in_use_are_left_alone(server, tmp_path):
     from prx_post.base.files import FolderLock
 
-    server.handlers["/a"] = sends(response(picture()))
+    server.handlers["/a"] = sends(response(encoded_image()))
     table = write_table(tmp_path / "list.csv", [("a", server.url("/a"), "one")])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.jpg").write_bytes(b"precious")
@@ -257,7 +257,7 @@ def test_a_folder_with_something_else_in_it_and_one_in_use_are_left_alone(server
 def test_a_killed_run_continues_to_the_same_folder_as_an_unbroken_one(server, tmp_path):
     names = [f"k{i:02d}" for i in range(24)]
     for i, name in enumerate(names):
-        body = response(b"", "404 Not Found") if i % 5 == 4 else response(picture(seed=i))
+        body = response(b"", "404 Not Found") if i % 5 == 4 else response(encoded_image(seed=i))
         server.handlers[f"/{name}"] = slow(sends(body), 0.05)
     table = write_table(tmp_path / "list.csv", [(name, server.url(f"/{name}"), f"prompt {name}") for name in names])
     recipe = tmp_path / "recipe.yaml"

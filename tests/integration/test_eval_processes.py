@@ -43,7 +43,7 @@ def test_two_processes_draw_the_same_pictures_and_find_the_same_numbers_as_one(w
     assert len(pictures) == 2 * 21 + 2 * (3 + 2)  # and two trajectories of each checkpoint
     for picture in pictures:
         assert (one / picture).read_bytes() == (two / picture).read_bytes()
-    ranks = {json.loads(line)["rank"] for line in (two / "images" / "a" / "timing.jsonl").read_text().splitlines()}
+    ranks = {json.loads(line)["rank"] for line in (two / "images" / "a" / "speed.jsonl").read_text().splitlines()}
     assert ranks == {0, 1}
     found = [without_what_may_differ(json.loads((out / "results.json").read_text())) for out in (one, two)]
     assert found[0] == found[1]

@@ -53,7 +53,7 @@ def byte_pairs(tmp_path_factory):
     return folder
 
 
-def pictures():
+def sample_images():
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)) for _ in SIZES]
     return [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(noise, SIZES, strict=True)]
@@ -101,7 +101,7 @@ def test_hpsv2_is_the_packages_score(byte_pairs, tmp_path):
         (tmp_path / name).symlink_to(byte_pairs / name)
 
     # The package fails on a picture whose longer side is the model's and whose other is not: it forgets to pad it.
-    images = [image for image in pictures() if max(image.size) != 28 or image.size == (28, 28)]
+    images = [image for image in sample_images() if max(image.size) != 28 or image.size == (28, 28)]
     prompts = PROMPTS[: len(images)]
     transform = image_transform(28, is_train=False, resize_longest_max=True)
     with torch.no_grad():

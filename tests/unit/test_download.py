@@ -13,7 +13,7 @@ import pytest
 from prx_post.base.net import is_public
 from prx_post.recipes.download import Fetcher, Limits
 from prx_post.recipes.urls import FetchError, parse_url, redirected
-from tests.misbehaving import Server, endless, picture, response, sends
+from tests.misbehaving import Server, endless, encoded_image, response, sends
 
 QUICK = Limits(max_bytes=50_000, max_pixels=10_000, max_redirects=3, connect_s=1.0, read_s=0.3, total_s=1.0)
 
@@ -38,7 +38,7 @@ def failure(fetcher, url) -> FetchError:
 
 @pytest.mark.parametrize(("kind", "extension"), [("JPEG", ".jpg"), ("PNG", ".png"), ("WEBP", ".webp"), ("GIF", ".gif")])
 def test_a_picture_arrives_byte_for_byte(server, fetcher, kind, extension):
-    data = picture(kind)
+    data = encoded_image(kind)
     server.handlers["/a"] = sends(response(data, Content_Type="text/plain"))  # what it is called does not count
     got = fetcher.fetch(server.url("/a"))
     assert got.data == data
@@ -46,7 +46,7 @@ def test_a_picture_arrives_byte_for_byte(server, fetcher, kind, extension):
 
 
 def test_bodies_without_a_length_and_in_chunks_are_read(server, fetcher):
-    data = picture()
+    data = encoded_image()
     server.handlers["/open"] = sends(response(data, length=-1))
     chunks = b"%x\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (100, data[:100], len(data) - 100, data[100:])
     server.handlers["/chunked"] = sends(response(chunks, length=-1, Transfer_Encoding="chunked"))
@@ -56,7 +56,7 @@ def test_bodies_without_a_length_and_in_chunks_are_read(server, fetcher):
 
 def test_redirects_are_followed_and_unusual_characters_quoted(server, fetcher):
     server.handlers["/from"] = sends(response(b"", "302 Found", Location="/to here?x=\u00c3\u00a9"))
-    server.handlers["/to%20here?x=%C3%A9"] = sends(response(picture()))
+    server.handlers["/to%20here?x=%C3%A9"] = sends(response(encoded_image()))
     assert fetcher.fetch(server.url("/from")).width == 40
     assert parse_url("http://bücher.example/ä b?c=ü").path == "/%C3%A4%20b?c=%C3%BC"
     assert parse_url("http://bücher.example/").host == "xn--bcher-kva.example"
@@ -135,7 +135,7 @@ def test_only_the_address_that_was_checked_is_connected_to(server, monkeypatch):
         return real(("127.0.0.1", server.port), timeout)
 
     monkeypatch.setattr(socket, "create_connection", connect)
-    server.handlers["/a.jpg"] = sends(response(picture()))
+    server.handlers["/a.jpg"] = sends(response(encoded_image()))
     resolver = lambda host, port: answers.pop(0)  # noqa: E731
     fetcher = Fetcher(QUICK, resolver=resolver)
     assert fetcher.fetch("http://rebinding.example/a.jpg").width == 40
@@ -213,7 +213,7 @@ def test_redirects_in_a_loop_end(server, fetcher):
 
 
 def test_a_body_shorter_than_announced_is_a_lost_connection(server, fetcher):
-    data = picture()
+    data = encoded_image()
     server.handlers["/a"] = sends(response(data[:500], length=len(data)))
     error = failure(fetcher, server.url("/a"))
     assert error.reason == f"the connection closed early: after 500 of {len(data)} bytes"
@@ -221,7 +221,7 @@ def test_a_body_shorter_than_announced_is_a_lost_connection(server, fetcher):
 
 
 def test_a_body_longer_than_announced_is_cut_and_found_broken(server, fetcher):
-    server.handlers["/a"] = sends(response(picture(), length=500))
+    server.handlers["/a"] = sends(response(encoded_image(), length=500))
     error = failure(fetcher, server.url("/a"))
     assert error.reason == "no usable picture: Truncated File Read"
     assert error.permanent
@@ -335,8 +335,8 @@ def png_bomb(width: int, height: int) -> bytes:
     [
         (b"<html><body>Sorry, this picture was removed.</body></html>", "no picture format that Pillow knows"),
         (b"", "no picture format that Pillow knows"),
-        (picture()[:700], "image file is truncated"),
-        (picture("BMP"), "no picture format that Pillow knows"),
+        (encoded_image()[:700], "image file is truncated"),
+        (encoded_image("BMP"), "no picture format that Pillow knows"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture format that Pillow knows"),
         (png_bomb(101, 100), "10100 pixels, more than 10000"),
         (png_bomb(60_000, 60_000), "DecompressionBombError"),
@@ -355,5 +355,5 @@ def test_what_does_not_decode_as_a_picture_is_refused(server, fetcher, body, rea
 def test_proxies_of_the_environment_are_not_used(server, fetcher, monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    server.handlers["/a"] = sends(response(picture()))
+    server.handlers["/a"] = sends(response(encoded_image()))
     assert fetcher.fetch(server.url("/a")).width == 40

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from prx_post.base.errors import PrxPostError
 from prx_post.rewards import registry
 from tests.scorer_checkpoints import CHECKPOINTS, WEIGHT_FILES
-from tests.unit.test_scorers import PROMPTS, load, pictures
+from tests.unit.test_scorers import PROMPTS, load, sample_images
 
 NAMES = list(CHECKPOINTS)
 
@@ -69,7 +69,7 @@ def test_weights_in_the_hubs_cache_are_found_and_known_by_their_commit(checkpoin
     reward = registry.load("pickscore", device="cpu")
     assert f"yuvalkirstain/PickScore_v1@{'a' * 12}" in reward.identity
     assert f"laion/CLIP-ViT-H-14-laion2B-s32B-b79K@{'b' * 12}" in reward.identity
-    images = pictures()
+    images = sample_images()
     assert torch.equal(reward(images, PROMPTS), load("pickscore", checkpoints)(images, PROMPTS))
 
 
@@ -77,7 +77,7 @@ def test_weights_may_be_a_file_and_change_the_identity_with_their_content(copy_o
     folder = copy_of("hpsv2")
     by_file = registry.load(f"hpsv2={folder}/HPS_v2.1_compressed.pt", device="cpu")
     assert by_file.identity == registry.load("hpsv2", weights=str(folder), device="cpu").identity
-    images = pictures()
+    images = sample_images()
     before = by_file(images, PROMPTS)
     file = folder / "HPS_v2.1_compressed.pt"
     content = torch.load(file, weights_only=True)
@@ -89,7 +89,7 @@ def test_weights_may_be_a_file_and_change_the_identity_with_their_content(copy_o
 
 
 def test_pytorch_weights_serve_where_there_are_no_safetensors(copy_of, checkpoints):
-    folder, images = copy_of("pickscore"), pictures()
+    folder, images = copy_of("pickscore"), sample_images()
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
@@ -121,11 +121,11 @@ def test_missing_unexpected_and_misshaped_weights_are_named(name, key, copy_of):
     file = folder / WEIGHT_FILES[name]
     change_tensors(file, lambda tensors: tensors.update({key: tensors[key][:-1].clone()}))
     with pytest.raises(PrxPostError, match=r"does not hold .*of another shape are \S+ \(.*\) for \("):
-        registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+        registry.load(name, weights=str(folder), device="cpu")(sample_images(), PROMPTS)
     change_tensors(file, lambda tensors: tensors.pop(key))
     change_tensors(file, lambda tensors: tensors.update({"layers.99.stray": torch.zeros(1)}))
     with pytest.raises(PrxPostError, match="does not hold .*stray") as raised:
-        registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+        registry.load(name, weights=str(folder), device="cpu")(sample_images(), PROMPTS)
     assert str(folder) in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -135,10 +135,10 @@ def test_weights_of_another_model_are_refused(name, copy_of):
     folder = copy_of(name)
     torch.save({"weight": torch.zeros(2)}, folder / WEIGHT_FILES[name])
     with pytest.raises(PrxPostError, match="does not hold .*weight"):
-        registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+        registry.load(name, weights=str(folder), device="cpu")(sample_images(), PROMPTS)
     torch.save([1, 2], folder / WEIGHT_FILES[name])
     with pytest.raises(PrxPostError, match="holds no dictionary of tensors"):
-        registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+        registry.load(name, weights=str(folder), device="cpu")(sample_images(), PROMPTS)
 
 
 class Arbitrary:
@@ -153,7 +153,7 @@ def test_a_pickle_of_more_than_tensors_is_refused_unread(name, copy_of):
     folder = copy_of(name)
     torch.save({"state_dict": Arbitrary()}, folder / WEIGHT_FILES[name])
     with pytest.raises(PrxPostError, match="not loaded because a pickle may run any code"):
-        registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+        registry.load(name, weights=str(folder), device="cpu")(sample_images(), PROMPTS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,7 +164,7 @@ def test_a_file_cut_short_is_named(name, copy_of):
     for kept in (len(whole) // 2, 0):
         file.write_bytes(whole[:kept])
         with pytest.raises(PrxPostError, match=f"{file.name} (cannot be read|is damaged)"):
-            registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+            registry.load(name, weights=str(folder), device="cpu")(sample_images(), PROMPTS)
 
 
 def test_side_files_that_are_damaged_are_named(copy_of):
@@ -173,15 +173,15 @@ def test_side_files_that_are_damaged_are_named(copy_of):
         for content, message in (("{", "is not valid JSON"), ("[]", "must hold a JSON object")):
             (folder / file).write_text(content)
             with pytest.raises(PrxPostError, match=f"{file} {message}"):
-                registry.load(name, weights=str(folder), device="cpu")(pictures(), PROMPTS)
+                registry.load(name, weights=str(folder), device="cpu")(sample_images(), PROMPTS)
     (folder.parent / "image_reward" / "med_config.json").write_text("{}")
     with pytest.raises(PrxPostError, match="has no 'vocab_size'"):
-        registry.load("image_reward", weights=str(folder.parent / "image_reward"), device="cpu")(pictures(), PROMPTS)
+        registry.load("image_reward", weights=str(folder.parent / "image_reward"), device="cpu")(sample_images(), PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "image_reward"])
 def test_weights_stored_in_half_precision_are_computed_with_in_float32(name, copy_of):
-    folder, images, single = copy_of(name), pictures(), {}
+    folder, images, single = copy_of(name), sample_images(), {}
 
     def halve(tensors):
         tensors.update({key: value.half() for key, value in tensors.items() if value.is_floating_point()})

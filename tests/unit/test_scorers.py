@@ -23,7 +23,7 @@ FP32 = {"rtol": 2e-4, "atol": 2e-5}
 """Between two orders of fp32 sums in networks of a few layers; a wrong layer moves scores by tenths."""
 
 
-def pictures(sizes=((40, 28), (28, 28), (61, 83), (28, 57), (300, 200))):
+def sample_images(sizes=((40, 28), (28, 28), (61, 83), (28, 57), (300, 200))):
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)) for _ in sizes]
     return [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(noise, sizes, strict=True)]
@@ -58,14 +58,14 @@ def transformers_cosines(folder, tokenizer_folder, images, prompts):
 
 
 def test_clip_score_is_100_times_the_positive_part_of_the_cosine_of_transformers_own_forward(checkpoints):
-    folder, images = checkpoints / "clip_score", pictures()
+    folder, images = checkpoints / "clip_score", sample_images()
     cosines, _ = transformers_cosines(folder, folder, images, PROMPTS)
     assert cosines.min() < 0 < cosines.max()
     torch.testing.assert_close(load("clip_score", checkpoints)(images, PROMPTS), 100 * cosines.clamp_min(0), **FP32)
 
 
 def test_pickscore_is_the_logit_of_transformers_own_forward(checkpoints):
-    folder, images = checkpoints / "pickscore", pictures()
+    folder, images = checkpoints / "pickscore", sample_images()
     cosines, scale = transformers_cosines(folder, folder / "CLIP-ViT-H-14-laion2B-s32B-b79K", images, PROMPTS)
     assert scale == pytest.approx(100)
     torch.testing.assert_close(load("pickscore", checkpoints)(images, PROMPTS), scale * cosines, **FP32)
@@ -91,7 +91,7 @@ def byte_pair_ids(folder, words):
 
 
 def test_hpsv2_is_the_cosine_of_open_clips_towers_written_out(checkpoints):
-    folder, images = checkpoints / "hpsv2", pictures()
+    folder, images = checkpoints / "hpsv2", sample_images()
     state = torch.load(folder / "HPS_v2.1_compressed.pt", weights_only=True)["state_dict"]
     pieces = {
         "a red cat": ["a</w>", "red</w>", "cat</w>"],
@@ -108,7 +108,7 @@ def test_hpsv2_is_the_cosine_of_open_clips_towers_written_out(checkpoints):
 
 
 def test_image_reward_is_blips_cross_attending_encoder_written_out(checkpoints):
-    folder, images = checkpoints / "image_reward", pictures(((28, 28), (40, 28), (28, 57), (300, 200), (34, 28)))
+    folder, images = checkpoints / "image_reward", sample_images(((28, 28), (40, 28), (28, 57), (300, 200), (34, 28)))
     state = torch.load(folder / "ImageReward.pt", weights_only=True)
     # Words' places in vocab.txt: [UNK] 1, [CLS] 2, [SEP] 3, a 5, red 6, blue 7, cat 8, dog 9, ##s 10, photo 11, "," 12
     tokens = {
@@ -130,7 +130,7 @@ def test_image_reward_is_blips_cross_attending_encoder_written_out(checkpoints):
 def test_aesthetic_is_laions_head_in_numpy_on_transformers_unit_embedding(checkpoints):
     from transformers import CLIPModel
 
-    folder, images = checkpoints / "aesthetic", pictures()
+    folder, images = checkpoints / "aesthetic", sample_images()
     model = CLIPModel.from_pretrained(folder / "clip-vit-large-patch14").eval()
     with torch.no_grad():
         pixels = torch.stack([clip_pixels_by_hand(image) for image in images])
@@ -144,7 +144,7 @@ def test_aesthetic_is_laions_head_in_numpy_on_transformers_unit_embedding(checkp
 
 
 def test_jpeg_compressibility_is_minus_the_size_in_kilobytes():
-    images = [Image.new("RGB", (64, 64)), *pictures(((64, 64), (128, 128))), Image.new("L", (64, 64))]
+    images = [Image.new("RGB", (64, 64)), *sample_images(((64, 64), (128, 128))), Image.new("L", (64, 64))]
     expected = []
     for image in images:
         buffer = io.BytesIO()
@@ -158,7 +158,7 @@ def test_jpeg_compressibility_is_minus_the_size_in_kilobytes():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_score_does_not_depend_on_its_batch_and_keeps_its_place(name, checkpoints):
-    images = pictures()
+    images = sample_images()
     together = load(name, checkpoints)(images, PROMPTS)
     assert together.dtype == torch.float32
     assert together.shape == (5,)
@@ -170,7 +170,7 @@ def test_a_score_does_not_depend_on_its_batch_and_keeps_its_place(name, checkpoi
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_close_to_float32_and_has_another_identity(name, checkpoints):
-    images = pictures()
+    images = sample_images()
     exact, rounded = load(name, checkpoints), load(name, checkpoints, dtype="bfloat16")
     scores = exact(images, PROMPTS)
     # 8 bits of mantissa through a few random layers: a hundredth or so of a unit vector, times the score's own scale.
@@ -182,7 +182,7 @@ def test_bfloat16_is_close_to_float32_and_has_another_identity(name, checkpoints
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_of_every_mode_score_as_their_rgb(name, checkpoints):
-    (image,) = pictures(((40, 30),))
+    (image,) = sample_images(((40, 30),))
     images = [image.convert("L"), image.convert("RGBA"), image.convert("P")]
     reward = load(name, checkpoints)
     torch.testing.assert_close(
@@ -204,9 +204,9 @@ def test_nothing_is_loaded_before_the_first_call_and_once_after_it(name, checkpo
     reward.check(PROMPTS)
     assert reward.identity
     assert read == []
-    reward(pictures(), PROMPTS)
+    reward(sample_images(), PROMPTS)
     loaded = len(read)
-    reward(pictures(), PROMPTS)
+    reward(sample_images(), PROMPTS)
     assert len(read) == loaded == len(set(read)) > 0
 
 
@@ -220,7 +220,7 @@ def test_a_repeated_prompt_is_embedded_once_a_call(checkpoints, monkeypatch):
         return original(self, prompts)
 
     monkeypatch.setattr(CLIP, "embed_texts", counted)
-    load("hpsv2", checkpoints, batch_size=2)(pictures(), PROMPTS)
+    load("hpsv2", checkpoints, batch_size=2)(sample_images(), PROMPTS)
     assert embedded == ["a red cat", "a blue cat, 2 dogs", "A photo", "blue"]
 
 
@@ -228,7 +228,7 @@ def test_a_repeated_prompt_is_embedded_once_a_call(checkpoints, monkeypatch):
 def test_counts_and_empty_calls_are_checked(name, checkpoints):
     reward = load(name, checkpoints)
     with pytest.raises(PrxPostError, match="got 5 pictures, but must get as many as prompts"):
-        reward(pictures(), PROMPTS[:2])
+        reward(sample_images(), PROMPTS[:2])
     assert reward([], []).shape == (0,)
 
 
@@ -244,7 +244,7 @@ def test_prompts_longer_than_the_model_reads_are_cut_and_the_end_token_kept(chec
     (row,) = tokens(["cat " * 200]).tolist()
     assert row == byte_pair_ids(folder, ["cat</w>"] * 75)
     for name in NAMES:
-        images = pictures()[:1]
+        images = sample_images()[:1]
         reward = load(name, checkpoints)
         assert torch.equal(reward(images, ["cat " * 200]), reward(images, ["cat " * 300]))
 
@@ -252,7 +252,7 @@ def test_prompts_longer_than_the_model_reads_are_cut_and_the_end_token_kept(chec
 def test_hpsv2_cleans_prompts_as_open_clip_and_reads_special_tokens_as_text(checkpoints):
     assert cleaned("  A&amp;amp;B\n\tschÃ¶n ") == "a&b schön"
     assert cleaned("a &amp;lt; b <c>") == "a < b <c>"  # twice, also where ftfy leaves what looks like HTML alone
-    reward, images = load("hpsv2", checkpoints), pictures()[:1] * 2
+    reward, images = load("hpsv2", checkpoints), sample_images()[:1] * 2
     same = reward(images, ["RED &amp;\n cat", "red & cat"])
     assert same[0] == pytest.approx(same[1].item(), abs=1e-6)  # rows of a batch may differ in the last bit
     # Read as the end token, it would hide what follows: the two prompts would score alike.

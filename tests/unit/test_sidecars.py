@@ -6,7 +6,7 @@ from prx_post.base.errors import PrxPostError
 from prx_post.data.config import DataConfig
 from prx_post.data.readers import read_rows
 from prx_post.recipes.sidecars import SidecarConfig, run
-from tests.misbehaving import picture
+from tests.misbehaving import encoded_image
 
 
 def folder_with(tmp_path, files):
@@ -24,11 +24,11 @@ def config(folder, **changes) -> SidecarConfig:
 
 def test_captions_beside_pictures_become_an_image_folder(tmp_path):
     files = {
-        "a.jpg": picture("JPEG", seed=1),
+        "a.jpg": encoded_image("JPEG", seed=1),
         "a.txt": "\ufeff a red cube\n",
-        "sub/b.PNG": picture("PNG", seed=2),
+        "sub/b.PNG": encoded_image("PNG", seed=2),
         "sub/b.json": json.dumps({"caption": "ein blauer Ball, groß"}),
-        "c.webp": picture("WEBP", seed=3),
+        "c.webp": encoded_image("WEBP", seed=3),
         "c.caption": "kept",
         "c.json": json.dumps({"caption": "not read: .caption comes first"}),
     }
@@ -44,7 +44,7 @@ def test_captions_beside_pictures_become_an_image_folder(tmp_path):
 
 
 def test_every_problem_is_named_and_the_rest_can_be_read(tmp_path, capsys):
-    good = picture()
+    good = encoded_image()
     files = {
         "good.jpg": good,
         "good.txt": "good",
@@ -82,14 +82,14 @@ def test_every_problem_is_named_and_the_rest_can_be_read(tmp_path, capsys):
 
 
 def test_too_many_problems_write_no_metadata(tmp_path):
-    folder = folder_with(tmp_path, {"a.jpg": picture(), "a.txt": "a", "b.jpg": picture()})
+    folder = folder_with(tmp_path, {"a.jpg": encoded_image(), "a.txt": "a", "b.jpg": encoded_image()})
     with pytest.raises(PrxPostError, match=r"1 of 2 pictures cannot be used, but max_bad_fraction is 0\.4"):
         run(config(folder, max_bad_fraction=0.4))
     assert not (folder / "metadata.jsonl").exists()
 
 
 def test_metadata_that_is_there_is_replaced_only_when_asked(tmp_path):
-    folder = folder_with(tmp_path, {"a.jpg": picture(), "a.txt": "new", "metadata.jsonl": "precious"})
+    folder = folder_with(tmp_path, {"a.jpg": encoded_image(), "a.txt": "new", "metadata.jsonl": "precious"})
     with pytest.raises(PrxPostError, match="is there already. Move it away, or set overwrite: true"):
         run(config(folder))
     assert (folder / "metadata.jsonl").read_text() == "precious"

@@ -107,8 +107,8 @@ class RemoteReward:
         parts = list(_parts(sizes, self._max_pictures, self._max_bytes - ENVELOPE_BYTES))
 
         def send(part: slice, stopped: threading.Event) -> list[float]:
-            pictures = ",".join(f'"{picture}"' for picture in encoded[part])  # base64 needs no escapes
-            body = f'{{"prompts":[{",".join(texts[part])}],"images":[{pictures}]}}'
+            joined = ",".join(f'"{text}"' for text in encoded[part])  # base64 needs no escapes
+            body = f'{{"prompts":[{",".join(texts[part])}],"images":[{joined}]}}'
             answer = self._ask("POST", f"{SCORE_PATH}/{self.name}", body, self._patience, stopped)
             self._check_identity(answer)
             return self._checked_scores(answer.get("scores"), part.stop - part.start)
