@@ -5,9 +5,9 @@
 
 Each variant is a run of `prx-post distill` with as many optimizer steps as fit in the budget, by its own speed over its
 first steps; evaluations and the teacher's latents, which all share, are not counted. Finished variants are kept in
-the folder, so that a broken-off benchmark goes on. The last averaged student of each draws 2 × 180 pictures of held-out
+the folder, so that a broken-off benchmark goes on. The last averaged student of each draws 2 × 180 images of held-out
 validation numbers, without guidance: how often OCR reads the number asked for, the held-out judge's word, and the
-Fréchet distance (judge features) to the teacher's pictures of the same prompts.
+Fréchet distance (judge features) to the teacher's images of the same prompts.
 """
 
 import argparse
@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trajectory, grid with the idle step": {"method": ["trajectory"], "learning_rate": 2e-4, "shift_terminal": 0},
     # ladd's parts
     "ladd, no mismatched prompts": {**LADD, "mismatch_fraction": 0.0},
-    "ladd, real pictures": {**LADD, "real": True},
+    "ladd, real images": {**LADD, "real": True},
     "ladd, a head on the last block alone": {**LADD, "head_blocks": [5]},
     "ladd, renoise sampler": {**LADD, "sampler": "renoise"},
 }

@@ -6,9 +6,9 @@
 A/A: the base against itself. Each trial gives every prompt two different noise seeds at random, one for either side,
 and asks whether the bootstrap's 95 % interval of the difference leaves out 0, which at best happens in 5 % of trials.
 A/B: the base against --checkpoint on the same seeds, a random one a prompt and trial. Speed: the evaluation's batches
-against PRXPipeline called once a picture, in turn, the same prompts, noise, steps and guidance.
+against PRXPipeline called once an image, in turn, the same prompts, noise, steps and guidance.
 
---simulate draws no pictures: data sets of random differences without an effect, every prompt with two seeds that share
+--simulate draws no images: data sets of random differences without an effect, every prompt with two seeds that share
 what makes it easier for one side, and asks the same of each.
 """
 
@@ -28,7 +28,7 @@ from prx_post.base.ranks import Ranks
 from prx_post.evaluation.config import EvalConfig
 from prx_post.evaluation.jobs import Job, read_jobs
 from prx_post.evaluation.metrics import paired_difference
-from prx_post.evaluation.pictures import Gallery, draw
+from prx_post.evaluation.gallery import Gallery, draw
 from prx_post.evaluation.scoring import open_rewards, score
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.tiny.datasets import prompt_set, write_prompts
@@ -102,7 +102,7 @@ def right_or_wrong(rng: np.random.Generator, prompts: int) -> np.ndarray:
 
 
 def heavy_tails(rng: np.random.Generator, prompts: int) -> np.ndarray:
-    """Differences [prompts, 2]: a prompt's part plus a picture's, both Student's t with 2.5 degrees of freedom."""
+    """Differences [prompts, 2]: a prompt's part plus an image's, both Student's t with 2.5 degrees of freedom."""
     return rng.standard_t(2.5, (prompts, 1)) + rng.standard_t(2.5, (prompts, 2))
 
 
@@ -121,7 +121,7 @@ def simulate(data_sets: int) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def speed(root: Path, rounds: int, pictures: int) -> None:
+def speed(root: Path, rounds: int, images: int) -> None:
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(open_pipeline("tiny").path)
@@ -130,7 +130,7 @@ def speed(root: Path, rounds: int, pictures: int) -> None:
     for i in range(rounds):
         folder = root / f"speed-{i}"
         folder.mkdir()
-        config = settings(folder, ["base=tiny"], 1, pictures, 30)
+        config = settings(folder, ["base=tiny"], 1, images, 30)
         jobs = read_jobs(config)
         (gallery,) = galleries_of(config)
         draw(gallery, jobs, config, Ranks())
@@ -148,10 +148,10 @@ def speed(root: Path, rounds: int, pictures: int) -> None:
                 width=64,
                 use_resolution_binning=False,
             )
-        plain.append(pictures / (time.perf_counter() - began))
+        plain.append(images / (time.perf_counter() - began))
     ratio = statistics.median(a / b for a, b in zip(batched, plain, strict=True))
-    print("\n| | pictures/s |\n|---|---|")
-    print(f"| PRXPipeline, one picture a call | {statistics.median(plain):.2f} |")
+    print("\n| | images/s |\n|---|---|")
+    print(f"| PRXPipeline, one image a call | {statistics.median(plain):.2f} |")
     print(f"| eval, batches of 30 | {statistics.median(batched):.2f} |\n\nratio {ratio:.2f}, {rounds} rounds")
 
 
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pictures", type=int, default=60)
+    parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--simulate", action="store_true", help="only the table of simulated differences")
     parser.add_argument("--data_sets", type=int, default=10_000, help="how many --simulate makes for each cell")
     options = parser.parse_args()
@@ -172,7 +172,7 @@ def main() -> None:
         folder = Path(temporary) / "intervals"
         folder.mkdir()
         intervals(folder, options.checkpoint, options.seeds, options.trials)
-        speed(Path(temporary), options.rounds, options.pictures)
+        speed(Path(temporary), options.rounds, options.images)
 
 
 if __name__ == "__main__":

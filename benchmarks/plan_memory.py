@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ZeRO-3": {"processes": 2, "zero": 3},
 }
 SIDE = 128
-"""Height and width of the pictures, pixels: 256 tokens."""
+"""Height and width of the images, pixels: 256 tokens."""
 BUCKET = 4_000_000
 """Elements of DeepSpeed's reduction bucket. Its default of 5e8 would be memory that a CPU run never touches."""
 
@@ -120,7 +120,7 @@ def make_pipeline(folder: Path, hidden: int, depth: int) -> None:
 
 
 def make_data(folder: Path, count: int, words: int) -> None:
-    """Pictures of noise, with captions that fill the text length."""
+    """Images of noise, with captions that fill the text length."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(count):

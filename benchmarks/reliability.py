@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.conftest import numbered_pictures
+from tests.conftest import numbered_images
 from tests.faults import kill_trials
 
 
@@ -23,8 +23,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        write_folder(numbered_pictures(list(range(100, 148))), root / "pictures")
-        found = kill_trials(root / "pictures", root / "cache", root, options.trials, options.seed)
+        write_folder(numbered_images(list(range(100, 148))), root / "images")
+        found = kill_trials(root / "images", root / "cache", root, options.trials, options.seed)
     print("| trials | SIGKILLs | of them inside a save | starts from a checkpoint | lost or not bit-identical |")
     print("|---|---|---|---|---|")
     print(

@@ -1,8 +1,8 @@
-"""Pictures/s of a reward behind `prx-post reward-serve`, against the same reward in process.
+"""Images/s of a reward behind `prx-post reward-serve`, against the same reward in process.
 
-    python benchmarks/reward_server.py [--rounds 5] [--pictures 128] [--clients 1 8] [--sizes 64 512]
+    python benchmarks/reward_server.py [--rounds 5] [--images 128] [--clients 1 8] [--sizes 64 512]
 
-Two rewards: `ocr`, whose network takes about a millisecond a picture, so that carrying the picture is most of the work;
+Two rewards: `ocr`, whose network takes about a millisecond an image, so that carrying the image is most of the work;
 and a CLIP ViT-B/32 with random weights, which is the size of network that preference rewards start at. The server is a
 process on the same machine and clients are threads of this one, so that both share its cores, which a server on another
 machine would not. All ways run in turn, round after round; ratios are taken within a round, and the median is reported.
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from prx_post.rewards.registry import load
 from prx_post.rewards.reward import Reward
-from prx_post.tiny.pictures import write_number
+from prx_post.tiny.handwriting import write_number
 
 BATCH = 16
 CLIP = """
@@ -46,11 +46,11 @@ def clip(images, prompts):
     return model(torch.from_numpy(pixels).permute(0, 3, 1, 2)).pooler_output.mean(-1)
 """
 TOLERANCE = 1e-4
-"""The last bits of a network's output depend on which pictures share its batch."""
+"""The last bits of a network's output depend on which images share its batch."""
 
 
 def square_numbers(count: int, size: int) -> tuple[list[Image.Image], list[str]]:
-    """Handwritten numbers in a square, with a little noise: like generated pictures, they hardly compress."""
+    """Handwritten numbers in a square, with a little noise: like generated images, they hardly compress."""
     rng = np.random.default_rng(size)
     numbers = [int(n) for n in rng.integers(10, 1000, size=count)]
     drawn = [np.asarray(write_number(n, "reference", rng).resize((size, size))) for n in numbers]
@@ -89,7 +89,7 @@ def by_clients(remotes: Sequence[Reward], images: Sequence[Image.Image], prompts
 
 
 def measure(target: str, url: str, clients: Sequence[int], count: int, size: int, rounds: int) -> list[list[float]]:
-    """Pictures/s, a list a round: in process, then with each number of clients."""
+    """Images/s, a list a round: in process, then with each number of clients."""
     reward, remotes = load(target), [load(url) for _ in range(max(clients))]
     images, prompts = square_numbers(count, size)
     expected = in_process(reward, images, prompts)
@@ -111,7 +111,7 @@ def measure(target: str, url: str, clients: Sequence[int], count: int, size: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 512])
     options = parser.parse_args()
@@ -123,18 +123,18 @@ def main() -> None:
         with served(list(targets.values())) as url:
             for name, target in targets.items():
                 for size in options.sizes:
-                    one = (target, f"{url}/{name}", options.clients, options.pictures, size, options.rounds)
+                    one = (target, f"{url}/{name}", options.clients, options.images, size, options.rounds)
                     speeds = measure(*one)
                     alone = statistics.median(speed[0] for speed in speeds)
                     for i, number in enumerate(options.clients, start=1):
                         through = statistics.median(speed[i] for speed in speeds)
                         ratio = statistics.median(speed[i] / speed[0] for speed in speeds)
                         lines.append(f"| {name} | {size} px | {number} | {alone:.0f} | {through:.0f} | {ratio:.2f} |")
-    print("\n| reward | pictures | clients | in process, pictures/s | server, pictures/s | server / in process |")
+    print("\n| reward | images | clients | in process, images/s | server, images/s | server / in process |")
     print("\n".join(["|---|---|---|---|---|---|", *lines]))
     threads = torch.get_num_threads()
     print(
-        f"\n{threads} threads each, torch {torch.__version__}, batches of {BATCH}, {options.pictures} pictures, "
+        f"\n{threads} threads each, torch {torch.__version__}, batches of {BATCH}, {options.images} images, "
         f"{options.rounds} rounds."
     )
 

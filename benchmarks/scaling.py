@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.conftest import numbered_pictures
+from tests.conftest import numbered_images
 from tests.faults import sft_arguments
 from tests.processes import run
 
@@ -37,7 +37,7 @@ def measure(root: Path, name: str, steps: int, batch: int, save_steps: int) -> t
     count, changes = MODES[name]
     folder = Path(tempfile.mkdtemp(dir=root))
     arguments = sft_arguments(
-        root / "pictures",
+        root / "images",
         root / "cache",
         folder,
         max_steps=steps + 2 * SKIPPED,
@@ -66,7 +66,7 @@ def main() -> None:
     saves: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        write_folder(numbered_pictures([100 + i % 800 for i in range(400)]), root / "pictures")
+        write_folder(numbered_images([100 + i % 800 for i in range(400)]), root / "images")
         measure(root, "1 process", 2, options.batch, save_steps=0)  # fills the cache
         for _ in range(options.rounds):
             for name in MODES:

@@ -136,16 +136,16 @@ def main() -> None:
     import numpy as np
 
     from prx_post.rewards.scorers.numbers import caption
-    from prx_post.tiny.datasets import CaptionedPicture, write_folder
-    from prx_post.tiny.pictures import write_number
+    from prx_post.tiny.datasets import CaptionedImage, write_folder
+    from prx_post.tiny.handwriting import write_number
     from prx_post.tiny.world import split_of_numbers
 
     rng = np.random.default_rng(0)
     numbers = [int(n) for n in rng.choice(split_of_numbers()["train"], size=1000)]
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        data = root / "pictures"
-        write_folder([CaptionedPicture(write_number(n, "generator", rng), n, caption(n, "en")) for n in numbers], data)
+        data = root / "images"
+        write_folder([CaptionedImage(write_number(n, "generator", rng), n, caption(n, "en")) for n in numbers], data)
         speeds: dict[str, list[float]] = defaultdict(list)
         shares = []
         prx_post_run(options.model, data, "disk", WARMUP, options.batch, root / "warm")  # fills the cache

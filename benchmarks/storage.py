@@ -1,6 +1,6 @@
 """What a checkpoint costs the training loop, and how fast the cache gives back what encoding would make anew.
 
-python benchmarks/storage.py [--rounds 5] [--state_gib 2] [--pictures 400]
+python benchmarks/storage.py [--rounds 5] [--state_gib 2] [--images 400]
 """
 
 import argparse
@@ -21,7 +21,7 @@ from prx_post.data.readers import read_rows
 from prx_post.engine.checkpointing import CheckpointWriter
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.model.text import PromptCleaner
-from tests.conftest import numbered_pictures
+from tests.conftest import numbered_images
 
 
 def checkpoint(root: Path, state_gib: float) -> dict[str, float]:
@@ -38,13 +38,13 @@ def checkpoint(root: Path, state_gib: float) -> dict[str, float]:
     return {"copy": copied - began, "start": returned - copied, "write": time.perf_counter() - returned}
 
 
-def reading(root: Path, pictures: int) -> dict[str, float]:
-    """Pictures a second: read from the cache, first (with its checksum) and again; decoded and encoded anew."""
+def reading(root: Path, images: int) -> dict[str, float]:
+    """Images a second: read from the cache, first (with its checksum) and again; decoded and encoded anew."""
     from prx_post.tiny.datasets import write_folder
 
-    folder = root / "pictures"
+    folder = root / "images"
     if not folder.exists():
-        write_folder(numbered_pictures([100 + i % 800 for i in range(pictures)]), folder)
+        write_folder(numbered_images([100 + i % 800 for i in range(images)]), folder)
     pipeline, cleaner = open_pipeline("tiny"), PromptCleaner()
     encoders = Encoders(pipeline, cleaner, torch.device("cpu"), torch.float32)
     rows = read_rows(DataConfig(dataset_name=str(folder)))
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--state_gib", type=float, default=2.0)
-    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--images", type=int, default=400)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -79,7 +79,7 @@ def main() -> None:
             run.mkdir()
             saves.append(checkpoint(run, options.state_gib))
             (run / "checkpoint-000001" / "rank-00000.safetensors").unlink()
-            reads.append(reading(root, options.pictures))
+            reads.append(reading(root, options.images))
             print({k: round(v, 2) for k, v in (saves[-1] | reads[-1]).items()}, flush=True)
 
     def median(found: list[dict[str, float]], name: str) -> float:
@@ -89,7 +89,7 @@ def main() -> None:
     share = statistics.median((s["copy"] + s["start"]) / sum(s.values()) for s in saves)
     print(f"\nSaving {options.state_gib:g} GiB: training waits {copy + start:.2f} s for the copy, ", end="")
     print(f"then {write:.2f} s of hashing, writing and flushing go on beside it; it waits for {100 * share:.0f} %.\n")
-    print("| source of latents and embeddings | pictures/s | against encoding |\n|---|---|---|")
+    print("| source of latents and embeddings | images/s | against encoding |\n|---|---|---|")
     for name, label in (
         ("encode", "decode and encode"),
         ("first", "cache, first read"),

@@ -14,7 +14,7 @@ from prx_post.model.config import DrawConfig
 
 @dataclass
 class GenerateConfig(DrawConfig):
-    """Pictures from prompts."""
+    """Images from prompts."""
 
     model_name_or_path: str | None = doc(
         "Folder or Hub id of a PRX pipeline; `tiny` is the embedded base.",
@@ -69,10 +69,10 @@ def generate(config: GenerateConfig) -> None:
     sampler = build_sampler(checkpoint, size, config.num_inference_steps, config.guidance_scale, device)
 
     jobs = [(prompt, seed) for prompt in prompts for seed in config.seeds]
-    pictures = generate_images(
+    images = generate_images(
         sampler, encoders.prompts, encoders.codec.decode, [p for p, _ in jobs], [s for _, s in jobs], config.batch_size
     )
-    for i, image in enumerate(tqdm(pictures, total=len(jobs), desc="generating", unit="image")):
+    for i, image in enumerate(tqdm(images, total=len(jobs), desc="generating", unit="image")):
         prompt, seed = jobs[i]
         settings = {
             "prompt": prompt,
@@ -87,4 +87,4 @@ def generate(config: GenerateConfig) -> None:
             "software": f"prx-post {__version__}",
         }
         image.save(output_dir / f"{i:05d}.png", pnginfo=png_info(settings))
-    print(f"{len(jobs)} pictures in {output_dir}")
+    print(f"{len(jobs)} images in {output_dir}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from prx_post.tiny import BASE
-from prx_post.tiny.datasets import CaptionedPicture, write_folder
+from prx_post.tiny.datasets import CaptionedImage, write_folder
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,20 +36,20 @@ def base() -> Path:
     return BASE
 
 
-def numbered_pictures(numbers: list[int], seed: int = 0) -> list[CaptionedPicture]:
+def numbered_images(numbers: list[int], seed: int = 0) -> list[CaptionedImage]:
     import numpy as np
 
-    from prx_post.tiny.pictures import write_number
+    from prx_post.tiny.handwriting import write_number
 
     rng = np.random.default_rng(seed)
-    return [CaptionedPicture(write_number(n, "generator", rng), n, str(n)) for n in numbers]
+    return [CaptionedImage(write_number(n, "generator", rng), n, str(n)) for n in numbers]
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory) -> Path:
-    """48 captioned pictures as an image folder."""
-    folder = tmp_path_factory.mktemp("data") / "pictures"
-    write_folder(numbered_pictures(list(range(100, 148))), folder)
+def image_folder(tmp_path_factory) -> Path:
+    """48 captioned images as an image folder."""
+    folder = tmp_path_factory.mktemp("data") / "images"
+    write_folder(numbered_images(list(range(100, 148))), folder)
     return folder
 
 

@@ -18,11 +18,11 @@ from prx_post.engine.checkpointing import checkpoints
 from tests.processes import FORK
 
 
-def sft_arguments(pictures: Path, cache: Path, output_dir: Path, **changes: object) -> list[str]:
+def sft_arguments(images: Path, cache: Path, output_dir: Path, **changes: object) -> list[str]:
     """A short run of `prx-post sft` that saves every second step."""
     values = {
         "model_name_or_path": "tiny",
-        "dataset_name": pictures,
+        "dataset_name": images,
         "height": 32,
         "width": 64,
         "cache_dir": cache,
@@ -147,7 +147,7 @@ class Reliability:
     lost_or_changed: int = 0
 
 
-def kill_trials(pictures: Path, cache: Path, folder: Path, trials: int, seed: int = 0) -> Reliability:
+def kill_trials(images: Path, cache: Path, folder: Path, trials: int, seed: int = 0) -> Reliability:
     """Kill a run up to three times, then let it end, and compare with one never killed; `trials` times.
 
     Every second trial is killed at a random moment, every other at a random flush of a save.
@@ -156,13 +156,13 @@ def kill_trials(pictures: Path, cache: Path, folder: Path, trials: int, seed: in
     whole_run_s = 0.0
     for name in ("fills-the-cache", "reference"):
         began = time.monotonic()
-        outcome = run_child(sft_arguments(pictures, cache, folder / name), folder / "log")
+        outcome = run_child(sft_arguments(images, cache, folder / name), folder / "log")
         assert outcome.returncode == 0, outcome.output[-3000:]
         whole_run_s = time.monotonic() - began
     total = Reliability()
     for trial in range(trials):
         rng, run = random.Random(seed * 1000 + trial), folder / f"trial-{trial}"
-        arguments = sft_arguments(pictures, cache, run)
+        arguments = sft_arguments(images, cache, run)
         for _ in range(rng.randint(1, 3)):
             total.resumed += bool(checkpoints(run))
             if trial % 2:

@@ -38,7 +38,7 @@ RUNS = [
 PROJECTIONS = 8
 
 
-def arguments(name: str, pictures: Path, prompts: Path, cache: Path, output_dir: Path) -> tuple[int, list[object]]:
+def arguments(name: str, images: Path, prompts: Path, cache: Path, output_dir: Path) -> tuple[int, list[object]]:
     """Processes and command line of the run `name`."""
     stage, kind, count = name.rsplit("-", 2)
     settings: dict[str, Any] = {
@@ -51,7 +51,7 @@ def arguments(name: str, pictures: Path, prompts: Path, cache: Path, output_dir:
     if kind == "lora":
         settings |= {"use_peft": "true", "lora_r": 4, "lora_alpha": 8}
     if stage == "sft":
-        settings |= {"dataset_name": pictures, "num_inference_steps": 2, "gradient_accumulation_steps": 2}
+        settings |= {"dataset_name": images, "num_inference_steps": 2, "gradient_accumulation_steps": 2}
     else:
         settings |= {
             **{"prompts_file": prompts, "teacher_num_inference_steps": 2, "teacher_guidance_scale": 3.0},
@@ -100,8 +100,8 @@ def _base() -> Path:
     return BASE
 
 
-def measure(name: str, pictures: Path, prompts: Path, cache: Path, folder: Path) -> dict[str, Any]:
-    count, args = arguments(name, pictures, prompts, cache, folder / name)
+def measure(name: str, images: Path, prompts: Path, cache: Path, folder: Path) -> dict[str, Any]:
+    count, args = arguments(name, images, prompts, cache, folder / name)
     run(count, args)
     return {"losses": losses(folder / name), **digest(folder / name)}
 
@@ -122,15 +122,15 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> tuple[float, flo
 
 def main() -> None:
     from prx_post.tiny.datasets import write_folder
-    from tests.conftest import numbered_pictures
+    from tests.conftest import numbered_images
     from tests.distilling import PROMPTS
 
     command, only = sys.argv[1], sys.argv[2:]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_folder(numbered_pictures(list(range(100, 148))), folder / "pictures")
+        write_folder(numbered_images(list(range(100, 148))), folder / "images")
         (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
-        given = (folder / "pictures", folder / "prompts.jsonl", folder / "cache", folder)
+        given = (folder / "images", folder / "prompts.jsonl", folder / "cache", folder)
         known = {} if command == "record" else recorded()
         for name in [name for name in RUNS if not only or any(part in name for part in only)]:
             found = measure(name, *given)

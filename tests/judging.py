@@ -28,7 +28,7 @@ def answer(text, prompt_tokens=1000, completion_tokens=100):
 
 
 def redder(first, second, question):
-    """Honest: the redder picture is the better one."""
+    """Honest: the redder image is the better one."""
     verdict = "Tie" if first == second else f"Image {1 if first > second else 2}"
     return answer(f"<think>{first} and {second}</think><answer>{verdict}</answer>")
 

@@ -13,7 +13,7 @@ Handler = Callable[[socket.socket], None]
 
 
 def encoded_image(kind: str = "JPEG", size: tuple[int, int] = (40, 30), seed: int = 0) -> bytes:
-    """An encoded picture of noise: (width, height)."""
+    """An encoded image of noise: (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=kind)

@@ -26,12 +26,12 @@ TOKEN = "a-token-of-the-tests"
 
 
 def noise(seed: int, size: tuple[int, int] = (12, 9)) -> Image.Image:
-    """A picture that no other seed makes, (width, height)."""
+    """An image that no other seed makes, (width, height)."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 
 
 def fingerprint(image: Image.Image, prompt: str) -> float:
-    """A score that no other picture or prompt has: 24 bits, which is what fp32 holds exactly."""
+    """A score that no other image or prompt has: 24 bits, which is what fp32 holds exactly."""
     return float(zlib.crc32(image.tobytes() + prompt.encode()) >> 8)
 
 
@@ -57,7 +57,7 @@ class Fingerprints:
         if "exit" in prompts:
             raise SystemExit(3)
         if "refused" in prompts:
-            raise PrxPostError("this picture is not for me.")
+            raise PrxPostError("this image is not for me.")
         scores = [fingerprint(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         return torch.tensor([float("nan") if p == "nan" else s for s, p in zip(scores, prompts, strict=True)])
 
@@ -172,7 +172,7 @@ class Stub:
 
 def discovered(**changes: object) -> dict:
     rewards = [{"name": "prints", "identity": "stub"}]
-    limits = {"max_request_bytes": 2**20, "max_pictures": 4, "max_pixels": 2**20}
+    limits = {"max_request_bytes": 2**20, "max_images": 4, "max_pixels": 2**20}
     return {"service": "prx-post rewards", "version": 1, "rewards": rewards, "limits": limits, **changes}
 
 

@@ -47,20 +47,20 @@ def open_clip_tower(w: State, prefix: str, x: Tensor, heads: int, mask: Tensor |
 
 
 def hps(w: State, pixels: Tensor, tokens: list[int]) -> float:
-    """HPSv2 of one picture [3, H, W] and one prompt's tokens (start … end, no padding)."""
+    """HPSv2 of one image [3, H, W] and one prompt's tokens (start … end, no padding)."""
     x = patches(pixels, w["visual.conv1.weight"])
     x = torch.cat([w["visual.class_embedding"][None], x]) + w["visual.positional_embedding"]
     x = open_clip_tower(w, "visual.transformer.", norm(w, "visual.ln_pre", x, 1e-5), x.shape[-1] // 80, None)
-    picture = norm(w, "visual.ln_post", x[0], 1e-5) @ w["visual.proj"]
+    image = norm(w, "visual.ln_post", x[0], 1e-5) @ w["visual.proj"]
     x = w["token_embedding.weight"][tokens] + w["positional_embedding"][: len(tokens)]
     causal = torch.ones(len(tokens), len(tokens)).tril().bool()
     x = open_clip_tower(w, "transformer.", x, x.shape[-1] // 64, causal)
     text = norm(w, "ln_final", x[-1], 1e-5) @ w["text_projection"]
-    return (normalize(picture, dim=0) @ normalize(text, dim=0)).item()
+    return (normalize(image, dim=0) @ normalize(text, dim=0)).item()
 
 
 def blip_image(w: State, pixels: Tensor) -> Tensor:
-    """[1 + N, D] of one picture [3, H, W]."""
+    """[1 + N, D] of one image [3, H, W]."""
     prefix = "blip.visual_encoder."
     x = patches(pixels, w[prefix + "patch_embed.proj.weight"]) + w[prefix + "patch_embed.proj.bias"]
     x = torch.cat([w[prefix + "cls_token"][0], x]) + w[prefix + "pos_embed"][0]
@@ -74,7 +74,7 @@ def blip_image(w: State, pixels: Tensor) -> Tensor:
 
 
 def image_reward(w: State, pixels: Tensor, tokens: list[int]) -> float:
-    """ImageReward of one picture [3, H, W] and one prompt's tokens, no padding."""
+    """ImageReward of one image [3, H, W] and one prompt's tokens, no padding."""
     image, prefix = blip_image(w, pixels), "blip.text_encoder."
     x = w[prefix + "embeddings.word_embeddings.weight"][tokens]
     x = x + w[prefix + "embeddings.position_embeddings.weight"][: len(tokens)]

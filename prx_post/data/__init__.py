@@ -1,1 +1,1 @@
-"""Pictures with captions, their latents and embeddings, and batches of them."""
+"""Images with captions, their latents and embeddings, and batches of them."""

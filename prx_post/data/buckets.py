@@ -1,4 +1,4 @@
-"""Aspect buckets: at which height and width a picture is trained."""
+"""Aspect buckets: at which height and width an image is trained."""
 
 from prx_post.base.errors import PrxPostError
 from prx_post.model.checkpoint import PipelineFolder
@@ -40,7 +40,7 @@ class Buckets:
         return max(sizes, key=lambda size: size[0] * size[1])
 
     def __call__(self, height: int, width: int) -> Size:
-        """The (height, width) at which a picture of this size is trained: what the pipeline would generate for it."""
+        """The (height, width) at which an image of this size is trained: what the pipeline would generate for it."""
         from diffusers.image_processor import PixArtImageProcessor
 
         if self.fixed is not None:

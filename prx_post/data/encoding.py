@@ -14,7 +14,7 @@ from prx_post.data.buckets import Buckets, Size
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
 from prx_post.data.config import DataConfig
 from prx_post.data.images import PREPROCESSING, decode, image_size
-from prx_post.data.rows import BadRow, DataError, PictureRows, report_bad_rows
+from prx_post.data.rows import BadRow, DataError, ImageRows, report_bad_rows
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.codec import LatentCodec, to_pixels
 from prx_post.model.text import PromptCleaner, PromptEncoder, tokenize
@@ -37,9 +37,9 @@ LOST_CAPTION = "prompt cleaning leaves nothing of the caption; set skip_text_cle
 
 
 def scan(
-    rows: PictureRows, buckets: Buckets, cleaner: PromptCleaner, decode_all: bool, ranks: Ranks = ALONE
+    rows: ImageRows, buckets: Buckets, cleaner: PromptCleaner, decode_all: bool, ranks: Ranks = ALONE
 ) -> tuple[list[Sample], list[BadRow]]:
-    """Sort this process's rows into usable samples and bad rows, from captions and picture headers (or pictures)."""
+    """Sort this process's rows into usable samples and bad rows, from captions and image headers (or images)."""
     samples, bad = [], []
     for row in tqdm(ranks.share(range(len(rows))), desc="scanning", unit="row", leave=False, disable=ranks.rank > 0):
         prompt = rows.prompts[row] or ""
@@ -69,7 +69,7 @@ class Encoders:
 
     @property
     def codec(self) -> LatentCodec:
-        # fp32 always: the VAE runs once a picture, and bfloat16 latents would cap what training can reach.
+        # fp32 always: the VAE runs once an image, and bfloat16 latents would cap what training can reach.
         if self._codec is None:
             self._codec = LatentCodec(self.pipeline.load_vae().to(self.device))
         return self._codec
@@ -82,8 +82,8 @@ class Encoders:
         return self._prompts
 
     def latents(self, data: bytes, size: Size) -> Tensor:
-        """Latents of one encoded picture, [C, H/f, W/f] fp32. Raises OSError if it cannot be decoded."""
-        pixels = to_pixels(decode(data), *size)  # first, so that a broken picture does not load the VAE
+        """Latents of one encoded image, [C, H/f, W/f] fp32. Raises OSError if it cannot be decoded."""
+        pixels = to_pixels(decode(data), *size)  # first, so that a broken image does not load the VAE
         return self.codec.encode(pixels[None])[0]
 
     def free(self) -> None:
@@ -114,7 +114,7 @@ class EncodedCache:
 def fill_cache(
     cache: EncodedCache,
     samples: list[Sample],
-    rows: PictureRows,
+    rows: ImageRows,
     prompts: list[str],
     encoders: Encoders,
     ranks: Ranks = ALONE,
@@ -170,7 +170,7 @@ def _bytes_needed(encoders: Encoders, prompts: list[str], samples: list[Sample])
 
 def prepare(
     config: DataConfig,
-    rows: PictureRows,
+    rows: ImageRows,
     encoders: Encoders,
     buckets: Buckets,
     bad_rows_path: Path,

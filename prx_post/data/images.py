@@ -19,7 +19,7 @@ ORIENTATION_TAG, ROTATED = 0x0112, (5, 6, 7, 8)
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) as a viewer shows it, from the header. Raises OSError if these bytes are no picture."""
+    """(height, width) as a viewer shows it, from the header. Raises OSError if these bytes are no image."""
     with readable(), Image.open(io.BytesIO(data)) as image:
         if image.getexif().get(ORIENTATION_TAG) in ROTATED:
             return image.width, image.height
@@ -27,9 +27,9 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def decode(data: bytes, formats: list[str] | None = None) -> Image.Image:
-    """The whole picture as a viewer shows it: turned as its EXIF says, transparent parts white, 16 bits scaled to 8.
+    """The whole image as a viewer shows it: turned as its EXIF says, transparent parts white, 16 bits scaled to 8.
 
-    Returns an RGB picture. Raises OSError if it is truncated, no picture, or none of `formats` (None: any).
+    Returns an RGB image. Raises OSError if it is truncated, no image, or none of `formats` (None: any).
     """
     with readable(), Image.open(io.BytesIO(data), formats=formats) as opened:
         image = ImageOps.exif_transpose(opened)
@@ -43,10 +43,10 @@ def decode(data: bytes, formats: list[str] | None = None) -> Image.Image:
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Turn everything that Pillow raises for a broken picture into an OSError that says what is wrong with it."""
+    """Turn everything that Pillow raises for a broken image into an OSError that says what is wrong with it."""
     try:
         yield
     except UnidentifiedImageError as error:  # its own message shows the buffer's address in memory
-        raise OSError("no picture format that Pillow knows") from error
+        raise OSError("no image format that Pillow knows") from error
     except BROKEN as error:
-        raise OSError(f"not a readable picture ({type(error).__name__}: {error})") from error
+        raise OSError(f"not a readable image ({type(error).__name__}: {error})") from error

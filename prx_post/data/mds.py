@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prx_post.data.config import DataConfig
-from prx_post.data.rows import DataError, PictureRows
+from prx_post.data.rows import DataError, ImageRows
 
 ENCODED, RAW_PIXELS = ("bytes", "jpeg", "png"), "pil"
 """Encodings of an image column: files as they are, or bare pixels."""
@@ -27,8 +27,8 @@ def mds_folder(path: Path, split: str) -> Path | None:
     return None
 
 
-class MdsRows(PictureRows):
-    """Rows of a folder of MDS shards, as PictureRows gives them. Shards are read where they lie, never changed.
+class MdsRows(ImageRows):
+    """Rows of a folder of MDS shards, as ImageRows gives them. Shards are read where they lie, never changed.
 
     Raises:
         DataError: mosaicml-streaming is missing, a shard is missing or cut short, or a column cannot be used.
@@ -53,7 +53,7 @@ class MdsRows(PictureRows):
         return f"{self._dataset.shards[shard].raw_data.basename}, sample {index}"
 
     def image_bytes(self, row: int) -> bytes:
-        """The encoded picture; bare pixels as PNG. Raises OSError if the sample cannot be read."""
+        """The encoded image; bare pixels as PNG. Raises OSError if the sample cannot be read."""
         try:
             value = self._dataset[row][self._image_column]
         except (ValueError, IndexError) as error:
@@ -90,9 +90,9 @@ def _check_shard(shard: Any, folder: Path) -> None:
 
 
 def _prepare_columns(shard: Any, config: DataConfig) -> bool:
-    """Let the shard decode the prompt and bare pixels alone. Returns whether its pictures are bare pixels.
+    """Let the shard decode the prompt and bare pixels alone. Returns whether its images are bare pixels.
 
-    Pictures keep their bytes so; and a pickled column, which runs what it likes when it is decoded, is left alone.
+    Images keep their bytes so; and a pickled column, which runs what it likes when it is decoded, is left alone.
     """
     encodings = dict(zip(shard.column_names, shard.column_encodings, strict=True))
     usable = {config.image_column: (*ENCODED, RAW_PIXELS), config.prompt_column: ("str",)}

@@ -5,10 +5,10 @@ from typing import Any
 
 from prx_post.data.config import DataConfig
 from prx_post.data.mds import MdsRows, mds_folder
-from prx_post.data.rows import DataError, PictureRows
+from prx_post.data.rows import DataError, ImageRows
 
 
-def read_rows(config: DataConfig) -> PictureRows:
+def read_rows(config: DataConfig) -> ImageRows:
     """Open the data set of a configuration.
 
     Raises:
@@ -28,7 +28,7 @@ def read_rows(config: DataConfig) -> PictureRows:
             )
     if len(dataset) == 0:
         raise _no_rows(config.dataset_name)
-    dataset = dataset.select_columns([config.image_column, config.prompt_column])  # so that no other picture is decoded
+    dataset = dataset.select_columns([config.image_column, config.prompt_column])  # so that no other image is decoded
     prompt_kind = getattr(dataset.features[config.prompt_column], "dtype", "lists")
     if prompt_kind not in ("string", "large_string"):
         raise DataError(
@@ -39,12 +39,12 @@ def read_rows(config: DataConfig) -> PictureRows:
         dataset = dataset.cast_column(config.image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:  # of datasets and of pyarrow
         raise DataError(
-            f"image_column is {config.image_column!r}, which does not hold pictures: {error}. Choose another column."
+            f"image_column is {config.image_column!r}, which does not hold images: {error}. Choose another column."
         ) from error
-    return PictureRows(dataset, config.image_column, config.prompt_column)
+    return ImageRows(dataset, config.image_column, config.prompt_column)
 
 
-def _not_empty(rows: PictureRows, config: DataConfig) -> PictureRows:
+def _not_empty(rows: ImageRows, config: DataConfig) -> ImageRows:
     if len(rows) == 0:
         raise _no_rows(config.dataset_name)
     return rows
@@ -56,7 +56,7 @@ def _column_hint(config: DataConfig, field_name: str) -> str:
     if field_name == "prompt_column" and captions:
         return (
             "An image folder's captions stand in its metadata.jsonl, a file_name and a prompt on each line; "
-            "`prx-post data image-folder` writes one from text files beside the pictures."
+            "`prx-post data image-folder` writes one from text files beside the images."
         )
     return f"Set {field_name} to one of these."
 

@@ -23,8 +23,8 @@ class BadRow:
     reason: str
 
 
-class PictureRows:
-    """Rows of a `datasets.Dataset`: encoded picture bytes and a caption each; nothing is decoded here."""
+class ImageRows:
+    """Rows of a `datasets.Dataset`: encoded image bytes and a caption each; nothing is decoded here."""
 
     def __init__(self, dataset: Any, image_column: str, prompt_column: str) -> None:
         self._dataset = dataset
@@ -41,7 +41,7 @@ class PictureRows:
         return self._cell(row).get("path") or f"row {row}"
 
     def image_bytes(self, row: int) -> bytes:
-        """The encoded picture. Raises OSError if its file cannot be read or the cell is empty."""
+        """The encoded image. Raises OSError if its file cannot be read or the cell is empty."""
         cell = self._cell(row)
         if cell.get("bytes") is not None:
             return cell["bytes"]

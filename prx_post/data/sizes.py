@@ -10,7 +10,7 @@ from prx_post.data.buckets import Buckets, Size
 from prx_post.data.config import DataConfig
 from prx_post.data.images import image_size
 from prx_post.data.readers import read_rows
-from prx_post.data.rows import PictureRows
+from prx_post.data.rows import ImageRows
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.text import PromptCleaner, tokenize
 
@@ -35,7 +35,7 @@ class CacheSize:
 def cache_size(
     data: DataConfig, pipeline: PipelineFolder, buckets: Buckets, text_dtype: torch.dtype
 ) -> CacheSize | str:
-    """The cache of a local data set, from picture headers and token counts; or why it is not known.
+    """The cache of a local data set, from image headers and token counts; or why it is not known.
 
     Nothing is written, so what an earlier run may have put there is not looked up.
     """
@@ -61,7 +61,7 @@ def cache_size(
     return CacheSize(len(rows), len(chosen), round(latents * scale), round(embeddings * scale))
 
 
-def _size(rows: PictureRows, row: int, buckets: Buckets) -> Size | None:
+def _size(rows: ImageRows, row: int, buckets: Buckets) -> Size | None:
     if buckets.fixed is not None:
         return buckets.fixed
     try:

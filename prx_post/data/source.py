@@ -11,7 +11,7 @@ from torch import Tensor
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import EncodedCache, Encoders, Sample
 from prx_post.data.plan import Draw, Plan
-from prx_post.data.rows import PictureRows
+from prx_post.data.rows import ImageRows
 from prx_post.engine.protocols import Batch
 from prx_post.model.text import pad_embeddings
 
@@ -37,7 +37,7 @@ class LatentSource:
     """
 
     samples: Sequence[Sample]
-    rows: PictureRows | None
+    rows: ImageRows | None
     cache: EncodedCache | None
     encoders: Encoders
     plan: Plan

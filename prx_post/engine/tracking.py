@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: metrics.jsonl, accelerate's trackers, a progress bar, sample grids."""
+"""Where a run's numbers and images go: metrics.jsonl, accelerate's trackers, a progress bar, sample grids."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def _to_wandb(tracker: Any, name: str, image: Image.Image, step: int) -> None:
 
 
 LOG_IMAGE = {"tensorboard": _to_tensorboard, "wandb": _to_wandb}
-"""How each tracker that takes pictures takes them."""
+"""How each tracker that takes images takes them."""
 
 
 EVALUATIONS = "evaluations.jsonl"
@@ -112,7 +112,7 @@ class RunLog:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def image(self, step: int, name: str, image: Image.Image, info: PngInfo | None = None) -> None:
-        """Save a PNG under samples/ and hand it to the trackers that take pictures."""
+        """Save a PNG under samples/ and hand it to the trackers that take images."""
         if not self.is_main:
             return
         folder = self.output_dir / "samples"

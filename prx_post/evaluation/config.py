@@ -43,7 +43,7 @@ class CheckpointSpec:
 
     @property
     def num_network_evaluations(self) -> int:
-        """How often the transformer runs for a picture: with guidance, twice a step."""
+        """How often the transformer runs for an image: with guidance, twice a step."""
         return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
 
     @classmethod
@@ -101,17 +101,17 @@ class EvalConfig(DrawConfig):
         "Scorers: names, `module.py:function`, or addresses of a reward server; `label=...` names one.",
         ["ocr_exact", "ocr_graded", "judge_exact", "judge_graded"],
     )
-    reward_batch_size: int = doc("Pictures that a scorer with a model takes at a time.", 16, above=0)
+    reward_batch_size: int = doc("Images that a scorer with a model takes at a time.", 16, above=0)
     reward_dtype: str = doc("Precision of the scorers' and encoders' models: `float32` or `bfloat16`.", "float32")
     metrics: list[str] = doc(
-        "Of all pictures together: `fid`, `cmmd`, `dino_mmd` against reference_dir, and `diversity` within a prompt; "
+        "Of all images together: `fid`, `cmmd`, `dino_mmd` against reference_dir, and `diversity` within a prompt; "
         "`fid=ENCODER` names another encoder (`judge`, the embedded one; `inception`; a folder or Hub id of a CLIP or "
         "DINOv2 model).",
         [],
     )
-    reference_dir: str | None = doc("Real pictures, which fid, cmmd and dino_mmd compare with.", None)
+    reference_dir: str | None = doc("Real images, which fid, cmmd and dino_mmd compare with.", None)
     long_prompt_words: int = doc("Prompts of this many words or more are reported apart, as long.", 40, above=0)
-    trajectory_prompts: int = doc("Prompts of which every checkpoint's picture is shown at each step.", 2, at_least=0)
+    trajectory_prompts: int = doc("Prompts of which every checkpoint's image is shown at each step.", 2, at_least=0)
 
     def __post_init__(self) -> None:
         for name in ("prompts_file", "checkpoints", "rewards", "metrics"):
@@ -132,7 +132,7 @@ class EvalConfig(DrawConfig):
         _require_distinct("metrics", [spec.metric for spec in specs])
         comparing = [spec.metric for spec in specs if spec.metric in NEEDS_REFERENCE]
         if comparing and self.reference_dir is None:
-            raise ConfigError(f"metrics has {comparing[0]!r}, which compares with real pictures. Set reference_dir.")
+            raise ConfigError(f"metrics has {comparing[0]!r}, which compares with real images. Set reference_dir.")
         if self.reference_dir is not None and not comparing:
             listed = ", ".join(NEEDS_REFERENCE)
             raise ConfigError(f"reference_dir is set, but no metric uses it. Add one of {listed} to metrics.")

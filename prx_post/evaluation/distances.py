@@ -1,4 +1,4 @@
-"""Distances between two sets of pictures, from their features; and the diversity within one.
+"""Distances between two sets of images, from their features; and the diversity within one.
 
 FID, CMMD and DINO-MMD are the three that PRX's makers report of their models. What differs is the encoder and, of the
 first, the distance: see docs/evaluation.md.
@@ -31,8 +31,8 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
 def frechet_estimate(features: np.ndarray, reference: np.ndarray, *, seed: int = 0) -> Estimate:
     """Fréchet distance to a reference, ± 1.96 bootstrap standard deviations.
 
-    Not the percentile interval: resampling repeats pictures, which alone raises the distance. For the same reason,
-    compare distances of equally many pictures only.
+    Not the percentile interval: resampling repeats images, which alone raises the distance. For the same reason,
+    compare distances of equally many images only.
     """
     value = frechet_distance(features, reference)
     if features.shape[1] > MAX_RESAMPLED_WIDTH or len(features) < MIN_CLUSTERS:
@@ -46,7 +46,7 @@ def mmd_estimate(features: np.ndarray, reference: np.ndarray, *, seed: int = 0) 
     """Squared maximum mean discrepancy to a reference, × 1000, ± 1.96 bootstrap standard deviations.
 
     CMMD's estimator (Jayasumana et al. 2024, eq. 4, and their published code): Gaussian kernel of width 10 on
-    normalised features, means over all pairs, a picture with itself included.
+    normalised features, means over all pairs, an image with itself included.
 
     Args:
         features, reference: [N, D] and [M, D], each row of length 1.
@@ -78,10 +78,10 @@ def _plus_minus(value: float, draws: Sequence[float]) -> Estimate:
 
 
 def diversity(features: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
-    """How unlike each other one prompt's pictures are: 1 - cosine of their features, over all pairs, then prompts.
+    """How unlike each other one prompt's images are: 1 - cosine of their features, over all pairs, then prompts.
 
     Args:
-        features: [N, D]; prompts: of each picture. Prompts with one picture are left out.
+        features: [N, D]; prompts: of each image. Prompts with one image are left out.
     """
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     members: dict[Hashable, list[int]] = {}
@@ -91,7 +91,7 @@ def diversity(features: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
     for indices in members.values():
         count = len(indices)
         if count > 1:
-            # sum of all cosines is |sum of unit vectors|², of which `count` are pictures with themselves
+            # sum of all cosines is |sum of unit vectors|², of which `count` are images with themselves
             total = float((unit[indices].sum(0) ** 2).sum())
             spreads.append(1 - (total - count) / (count * (count - 1)))
     return mean_estimate(np.array(spreads))

@@ -1,10 +1,10 @@
 """`prx-post eval`: checkpoints on the same prompts and seeds, scored, compared, reported.
 
     output_dir/results.json, report.html    what came out
-    output_dir/images/, trajectories/       the pictures (pictures.py)
-    output_dir/scores/                      every score, by picture and prompt (rewards/cache.py)
+    output_dir/images/, trajectories/       the images (gallery.py)
+    output_dir/scores/                      every score, by image and prompt (rewards/cache.py)
 
-Run again with the same settings, or with another checkpoint, reward or metric, it reuses the pictures and scores.
+Run again with the same settings, or with another checkpoint, reward or metric, it reuses the images and scores.
 """
 
 import json
@@ -26,7 +26,7 @@ from prx_post.base.ranks import Ranks, launched_ranks
 from prx_post.evaluation.config import EvalConfig
 from prx_post.evaluation.jobs import Job, read_jobs
 from prx_post.evaluation.metrics import Estimate, win_share
-from prx_post.evaluation.pictures import Gallery, draw
+from prx_post.evaluation.gallery import Gallery, draw
 from prx_post.evaluation.report import write_report
 from prx_post.evaluation.scoring import Scores, compare, measure, open_encoders, open_rewards, reference_paths, score
 from prx_post.evaluation.summary import Slice, slices
@@ -66,7 +66,7 @@ def evaluate(config: EvalConfig, judge_config: VisionJudgeConfig | None = None) 
     galleries = _galleries(config, output_dir)
     reference, encoders = reference_paths(config), open_encoders(config)
     if reference and len(jobs) < 2:
-        raise PrxPostError("distances need two or more pictures, but there is 1 prompt and seed. Leave out metrics.")
+        raise PrxPostError("distances need two or more images, but there is 1 prompt and seed. Leave out metrics.")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     rewards, applies = open_rewards(config, jobs)
@@ -81,7 +81,7 @@ def evaluate(config: EvalConfig, judge_config: VisionJudgeConfig | None = None) 
         ranks.wait()  # until the folders are there
         for gallery in galleries:
             draw(gallery, jobs, config, ranks)
-        ranks.wait()  # until every picture is there
+        ranks.wait()  # until every image is there
         scores = score(galleries, jobs, rewards, applies, output_dir, ranks)
         metrics = measure(galleries, jobs, reference, config, encoders, ranks)
         parts = slices(scores, jobs)
@@ -161,7 +161,7 @@ def _summary(
         "settings": asdict(config),
         "versions": versions(),
         "num_processes": ranks.world,
-        "num_pictures": len(jobs),
+        "num_images": len(jobs),
         "rewards_score": applies,
         "checkpoints": checkpoints,
         "differences": overall.differences,

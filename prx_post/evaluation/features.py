@@ -1,4 +1,4 @@
-"""Encoders of pictures into features, and which of them a metric uses."""
+"""Encoders of images into features, and which of them a metric uses."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -47,10 +47,10 @@ class MetricSpec:
 
 
 class Encoder(Protocol):
-    """Pictures to features. Making one checks what it needs; its model loads at the first call."""
+    """Images to features. Making one checks what it needs; its model loads at the first call."""
 
     def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Features [B, D] fp32 of pictures of any size."""
+        """Features [B, D] fp32 of images of any size."""
 
 
 class JudgeEncoder:
@@ -115,7 +115,7 @@ class VisionEncoder:
     """A CLIP or DINOv2 model of transformers; features of length 1.
 
     CLIP: the projected image embedding (as CMMD). DINOv2: the class token after the last norm (as PRX's DINO-MMD).
-    Pictures are resized to the model's square, bicubic, whatever their shape, so that nothing is cropped away.
+    Images are resized to the model's square, bicubic, whatever their shape, so that nothing is cropped away.
     """
 
     def __init__(self, source: str, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
@@ -195,7 +195,7 @@ def open_encoder(name: str, device: torch.device, dtype: str, batch_size: int) -
 
 
 def encode(encoder: Encoder, images: Iterator[Image.Image], chunk: int = 256) -> np.ndarray:
-    """Features [N, D] of pictures that need not all be in memory."""
+    """Features [N, D] of images that need not all be in memory."""
     parts: list[np.ndarray] = []
     pending: list[Image.Image] = []
     for image in images:

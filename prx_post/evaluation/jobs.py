@@ -12,12 +12,12 @@ from prx_post.data.prompts import read_prompt_rows
 from prx_post.evaluation.config import EvalConfig
 
 SEED_STRIDE = 100_000
-"""Noise seed of prompt i under seed s is s·SEED_STRIDE + i: no two pictures of an evaluation share their noise."""
+"""Noise seed of prompt i under seed s is s·SEED_STRIDE + i: no two images of an evaluation share their noise."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture, to be made by every checkpoint."""
+    """One image, to be made by every checkpoint."""
 
     prompt_set: str
     index: int
@@ -26,15 +26,15 @@ class Job:
     seed: int
     noise_seed: int
     cluster: str
-    """What pictures that are not independent share: `target` or `scene` of the prompt's row, or the prompt."""
+    """What images that are not independent share: `target` or `scene` of the prompt's row, or the prompt."""
     slices: dict[str, str]
-    """How results are reported apart: kind of slice -> this picture's part of it."""
+    """How results are reported apart: kind of slice -> this image's part of it."""
     columns: dict[str, Any]
     """The prompt's row; rewards of TRL's form are given it."""
 
     @property
     def file(self) -> Path:
-        """The picture's, inside a checkpoint's folder."""
+        """The image's, inside a checkpoint's folder."""
         return Path(self.prompt_set) / f"{self.index:05d}-seed{self.seed}.png"
 
 

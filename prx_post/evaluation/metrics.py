@@ -1,6 +1,6 @@
 """Statistics of scores: means, paired differences and win rates, with intervals. Pure numpy.
 
-Scores come in clusters (a number asked for in six forms, a prompt drawn from several seeds). Pictures of a cluster
+Scores come in clusters (a number asked for in six forms, a prompt drawn from several seeds). Images of a cluster
 share what makes it hard, so intervals resample whole clusters, and none is given for fewer than MIN_CLUSTERS.
 """
 

@@ -13,17 +13,17 @@ from PIL import Image
 from prx_post.base.files import write_bytes
 from prx_post.evaluation import charts
 from prx_post.evaluation.jobs import Job
-from prx_post.evaluation.pictures import Gallery
+from prx_post.evaluation.gallery import Gallery
 from prx_post.evaluation.scoring import Scores
 from prx_post.evaluation.summary import KINDS, Slice
 
 GRID_ROWS = 24
 EXTREME_ROWS = 8
 MAX_SIDE = 320
-"""Pictures are scaled down to this for the page, pixels."""
+"""Images are scaled down to this for the page, pixels."""
 MAX_STRIP_SIDE = 128
 LOSSLESS_SIDE = 128
-"""Pictures no larger than this are PNGs in the page; larger ones JPEGs."""
+"""Images no larger than this are PNGs in the page; larger ones JPEGs."""
 BINS = 24
 
 
@@ -48,7 +48,7 @@ def write_report(
 
     Args:
         summary: what results.json holds.
-        parts: all pictures first, then each slice.
+        parts: all images first, then each slice.
         jobs: what every checkpoint drew; `scores` are in their order.
     """
     names = [gallery.spec.name for gallery in galleries]
@@ -77,7 +77,7 @@ def write_report(
 
 
 def histogram(reward: str, scores: Scores) -> dict[str, Any]:
-    """Shares of pictures by score, over bins that all checkpoints share; `curves` holds BINS shares each."""
+    """Shares of images by score, over bins that all checkpoints share; `curves` holds BINS shares each."""
     finite = {name: by_reward[reward][np.isfinite(by_reward[reward])] for name, by_reward in scores.items()}
     together = np.concatenate(list(finite.values()))
     low, high = float(together.min()), float(together.max())
@@ -144,7 +144,7 @@ def _row(job: Job, index: int, galleries: Sequence[Gallery], scores: Scores, ran
 
 
 def _strips(jobs: Sequence[Job], galleries: Sequence[Gallery]) -> list[dict[str, Any]]:
-    """Trajectories, by prompt and checkpoint: a picture for every sampler step."""
+    """Trajectories, by prompt and checkpoint: an image for every sampler step."""
     strips = []
     for job in jobs:
         for gallery in galleries:

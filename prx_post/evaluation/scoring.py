@@ -1,4 +1,4 @@
-"""Scores and features of an evaluation's pictures."""
+"""Scores and features of an evaluation's images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from prx_post.evaluation.distances import diversity, frechet_estimate, mmd_estim
 from prx_post.evaluation.features import NEEDS_REFERENCE, Encoder, MetricSpec, encode, open_encoder
 from prx_post.evaluation.jobs import Job
 from prx_post.evaluation.metrics import Estimate
-from prx_post.evaluation.pictures import Gallery
+from prx_post.evaluation.gallery import Gallery
 from prx_post.model.sampler import default_device
 from prx_post.rewards.cache import CachedReward, ScoreCache
 from prx_post.rewards.judges.pairwise import PairwiseJudge
@@ -24,11 +24,11 @@ from prx_post.rewards.registry import parse_specs
 from prx_post.rewards.reward import Reward
 
 CHUNK = 64
-"""Pictures in memory at a time."""
+"""Images in memory at a time."""
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 Scores = dict[str, dict[str, np.ndarray]]
-"""checkpoint -> reward -> [N], NaN for pictures of prompt sets that the reward does not score"""
+"""checkpoint -> reward -> [N], NaN for images of prompt sets that the reward does not score"""
 
 
 def open_rewards(config: EvalConfig, jobs: Sequence[Job]) -> tuple[dict[str, Reward], dict[str, list[str]]]:
@@ -67,7 +67,7 @@ def score(
     output_dir: Path,
     ranks: Ranks,
 ) -> Scores:
-    """Every reward of every picture; what was scored before is read from `output_dir/scores`.
+    """Every reward of every image; what was scored before is read from `output_dir/scores`.
 
     One reward at a time, and let go of afterwards, so that their models need not fit in memory together.
     """
@@ -105,7 +105,7 @@ def _score_chunk(reward: Reward, gallery: Gallery, jobs: Sequence[Job]) -> list[
 def compare(
     galleries: Sequence[Gallery], jobs: Sequence[Job], judge: PairwiseJudge, ranks: Ranks
 ) -> dict[str, np.ndarray]:
-    """How sure a judge is that a later checkpoint's picture beats the first's: checkpoint -> [N] in [0, 1]."""
+    """How sure a judge is that a later checkpoint's image beats the first's: checkpoint -> [N] in [0, 1]."""
     baseline, *others = galleries
     own = ranks.share(range(len(jobs)))
     found = {}
@@ -122,14 +122,14 @@ def compare(
 
 
 def reference_paths(config: EvalConfig) -> list[Path]:
-    """Pictures under `reference_dir`. Raises PrxPostError if there are fewer than two."""
+    """Images under `reference_dir`. Raises PrxPostError if there are fewer than two."""
     if config.reference_dir is None:
         return []
     folder = Path(config.reference_dir).expanduser()
     paths = sorted(path for path in folder.glob("**/*") if path.suffix.lower() in ENDINGS)
     if len(paths) < 2:
         raise PrxPostError(
-            f"reference_dir is {config.reference_dir!r}, which has {len(paths)} pictures, but must have two or more "
+            f"reference_dir is {config.reference_dir!r}, which has {len(paths)} images, but must have two or more "
             f"because distributions are compared. Check the path, or leave it out."
         )
     return paths
@@ -178,16 +178,16 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.linalg.norm(features, axis=1, keepdims=True).astype(np.float64)
 
 
-def _picture(path: Path) -> Image.Image:
+def _image(path: Path) -> Image.Image:
     try:
         return decode(path.read_bytes())
     except OSError as error:
-        raise PrxPostError(f"{path} cannot be read as a picture: {error}. Mend or remove it.") from error
+        raise PrxPostError(f"{path} cannot be read as an image: {error}. Mend or remove it.") from error
 
 
 def _features(encoder: Encoder, paths: Sequence[Path], ranks: Ranks) -> np.ndarray:
     """Features [N, D] in the order of `paths`, each process encoding its share."""
     positions = list(ranks.share(range(len(paths))))
-    own = encode(encoder, (_picture(paths[i]) for i in positions)) if positions else np.zeros((0, 0))
+    own = encode(encoder, (_image(paths[i]) for i in positions)) if positions else np.zeros((0, 0))
     rows: list[tuple[int, np.ndarray]] = ranks.gather(list(zip(positions, own, strict=True)))
     return np.stack([row for _, row in sorted(rows, key=lambda pair: pair[0])])

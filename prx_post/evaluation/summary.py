@@ -1,4 +1,4 @@
-"""From scores to what results.json holds: means, differences and win rates, of all pictures and of each slice."""
+"""From scores to what results.json holds: means, differences and win rates, of all images and of each slice."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,22 +17,22 @@ KINDS = {"set": "prompt set", "group": "group", "language": "language", "length"
 
 @dataclass
 class Slice:
-    """Results of part of the pictures."""
+    """Results of part of the images."""
 
     kind: str
     """`all`, or one of KINDS."""
     value: str
     num_prompts: int
-    num_pictures: int
+    num_images: int
     means: ByCheckpoint = field(default_factory=dict)
     differences: ByCheckpoint = field(default_factory=dict)
     """Of each later checkpoint to the first, on the same prompts and noise."""
     wins: ByCheckpoint = field(default_factory=dict)
-    """Share of pictures in which a later checkpoint scores higher than the first; a tie counts half."""
+    """Share of images in which a later checkpoint scores higher than the first; a tie counts half."""
 
 
 def slices(scores: Scores, jobs: Sequence[Job]) -> list[Slice]:
-    """All pictures first, then the parts of each kind of slice of which there are two or more.
+    """All images first, then the parts of each kind of slice of which there are two or more.
 
     A group stands under its prompt set's name too, where there are several sets.
     """

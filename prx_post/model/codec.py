@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def _encode_kl(vae: Any, pixels: Tensor) -> Tensor:
-    # The mean rather than a draw, so that a picture's latents are a function of the picture and can be cached.
+    # The mean rather than a draw, so that an image's latents are a function of the image and can be cached.
     return vae.encode(pixels).latent_dist.mode()
 
 
@@ -58,4 +58,4 @@ def to_pixels(image: Image.Image, height: int, width: int) -> Tensor:
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """[B, 3, H, W] in [-1, 1] -> PIL images, rounded as the pipeline's image processor does."""
     array = (pixels.float() * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
+    return [Image.fromarray(image) for image in (array * 255).round().astype(np.uint8)]

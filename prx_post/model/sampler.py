@@ -24,9 +24,9 @@ Embed = Callable[[str], Tensor]
 
 @dataclass
 class Sampler:
-    """Draws pictures from a transformer, many at a time, with and without guidance.
+    """Draws images from a transformer, many at a time, with and without guidance.
 
-    The noise of a picture is that of `torch.Generator().manual_seed(seed)`, so in float32 one picture equals what
+    The noise of an image is that of `torch.Generator().manual_seed(seed)`, so in float32 one image equals what
     PRXPipeline makes with that generator. (PRXPipeline itself fails on guided batches.) Whatever the transformer's
     precision, the trajectory is kept in float32. A scheduler with `stochastic_sampling` re-noises between steps.
     """
@@ -50,7 +50,7 @@ class Sampler:
         seeds: Sequence[int],
         record: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        """One picture for each embedding and seed. Returns latents [B, C, H/f, W/f] fp32.
+        """One image for each embedding and seed. Returns latents [B, C, H/f, W/f] fp32.
 
         Args:
             record: called with x_t and the (guided) velocity of every step, [B, C, H/f, W/f] each.
@@ -90,7 +90,7 @@ def generate_images(
     seeds: Sequence[int],
     batch_size: int,
 ) -> Iterator[Image.Image]:
-    """Pictures of `prompts[i]` from noise `seeds[i]`, in order."""
+    """Images of `prompts[i]` from noise `seeds[i]`, in order."""
     memo: dict[str, Tensor] = {}
     for prompt in ["", *prompts]:
         if prompt not in memo:

@@ -24,7 +24,7 @@ def discriminator_loss(
 
     Args:
         mismatched_logits: of real samples under others' prompts, which count as fakes (GAN-CLS, Reed et al. 2016).
-            Without them nothing makes D ask whether a good picture is one of the prompt.
+            Without them nothing makes D ask whether a good image is one of the prompt.
         mismatch_fraction: their share of the second term, which keeps its weight: were they added to it, calling
             everything fake would be the cheapest answer.
     """

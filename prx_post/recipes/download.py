@@ -1,9 +1,9 @@
-"""Pictures from URLs that strangers wrote.
+"""Images from URLs that strangers wrote.
 
 A URL may be an attempt to reach what only this machine can reach, to fill its memory or disk, or to keep it waiting.
 So: http and https only; a host name is resolved here, every address it has must be public, and the connection goes
 to the very address that was checked, at each redirect anew. Size, header, pixels and time are bounded, and what
-arrives must decode as a picture. Proxies of the environment are not used: a proxy would resolve the name elsewhere.
+arrives must decode as an image. Proxies of the environment are not used: a proxy would resolve the name elsewhere.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from prx_post.data.images import decode, readable
 from prx_post.recipes.urls import FetchError, Target, parse_url, redirected
 
 EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif"}
-"""Formats that are accepted, by Pillow's names. Of moving pictures the first frame is what counts."""
+"""Formats that are accepted, by Pillow's names. Of moving images the first frame is what counts."""
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF"]
-"""What Pillow may try to open; its JPEG reader finds out about MPO, a JPEG with more pictures behind the first."""
+"""What Pillow may try to open; its JPEG reader finds out about MPO, a JPEG with more images behind the first."""
 REDIRECTS = (301, 302, 303, 307, 308)
 HEADER_BYTES = 64 * 2**10
 CHUNK_BYTES = 64 * 2**10
@@ -53,7 +53,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A picture that was fetched and decoded: its original bytes, and what they are."""
+    """An image that was fetched and decoded: its original bytes, and what they are."""
 
     data: bytes
     extension: str
@@ -67,7 +67,7 @@ class Fetched:
 
 
 class Fetcher:
-    """Fetches one picture at a time; threads may share one.
+    """Fetches one image at a time; threads may share one.
 
     Args:
         resolver: (host, port) -> numeric addresses.
@@ -83,10 +83,10 @@ class Fetcher:
     ) -> None:
         self.limits, self._resolver, self._allow_loopback = limits, resolver, allow_loopback
         self._tls = ssl.create_default_context()
-        self._decoding = threading.Semaphore(2)  # a decoded picture takes 3 to 4 bytes a pixel
+        self._decoding = threading.Semaphore(2)  # a decoded image takes 3 to 4 bytes a pixel
 
     def fetch(self, url: str) -> Fetched:
-        """The picture at `url`, after redirects. Raises FetchError."""
+        """The image at `url`, after redirects. Raises FetchError."""
         deadline = time.monotonic() + self.limits.total_s
         for _ in range(self.limits.max_redirects + 1):
             target = parse_url(url)
@@ -105,7 +105,7 @@ class Fetcher:
                 url = redirected(target, answer)
                 continue
             status, data = answer
-            return self._picture(data, status)
+            return self._image(data, status)
         raise FetchError(f"too many redirects: more than {self.limits.max_redirects}", permanent=True)
 
     def _get(self, target: Target, deadline: float) -> str | tuple[int, bytes]:
@@ -173,7 +173,7 @@ class Fetcher:
             raise FetchError(reason, permanent=False, http_status=status)
         return bytes(body)
 
-    def _picture(self, data: bytes, status: int) -> Fetched:
+    def _image(self, data: bytes, status: int) -> Fetched:
         try:
             with readable(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 kind, pixels = str(image.format), image.width * image.height
@@ -182,7 +182,7 @@ class Fetcher:
             with self._decoding:
                 shown = decode(data, FORMATS)
         except OSError as error:
-            raise FetchError(f"no usable picture: {error}", permanent=True, http_status=status) from error
+            raise FetchError(f"no usable image: {error}", permanent=True, http_status=status) from error
         return Fetched(data, EXTENSIONS[kind], shown.height, shown.width, status)
 
 

@@ -1,4 +1,4 @@
-"""Prompts whose pictures can be checked object by object, in the manner of GenEval (Ghosh et al., arXiv:2310.11513).
+"""Prompts whose images can be checked object by object, in the manner of GenEval (Ghosh et al., arXiv:2310.11513).
 
 The six tasks and the shape of the specification are GenEval's; objects, sentences and choices are this file's own.
 Every list is a function of its seed alone, on any version of Python.
@@ -44,7 +44,7 @@ object in this list that it relates to]."""
 
 @dataclass
 class GenevalStyleConfig(RecipeConfig):
-    """Prompts of six tasks with what their pictures must hold."""
+    """Prompts of six tasks with what their images must hold."""
 
     prompts_per_task: int = doc(f"Prompts of each of the six tasks; {len(OBJECTS)} at most.", 40, above=0)
     seed: int = doc("Which prompts; 0 is the list to compare by.", 0, at_least=0)

@@ -94,12 +94,12 @@ def verify(folder: Path, path: Path) -> None:
     """Compare the files with the manifest at `path`. Raises PrxPostError after naming all that are not as they were."""
     ok = [e for e in read_manifest(path).values() if e.status == "ok"]
     if not ok:
-        raise PrxPostError(f"{path} names no picture. Run the recipe without --verify first.")
+        raise PrxPostError(f"{path} names no image. Run the recipe without --verify first.")
     damaged = [what for e in tqdm(ok, desc="checking", unit="file", leave=False) if (what := damage(folder, e))]
     for what in damaged:
         print(what)
     if damaged:
         raise PrxPostError(
-            f"{len(damaged)} of {len(ok)} pictures are damaged or missing. Run again without --verify to mend them."
+            f"{len(damaged)} of {len(ok)} images are damaged or missing. Run again without --verify to mend them."
         )
-    print(f"{len(ok)} pictures in {folder} are what was fetched")
+    print(f"{len(ok)} images in {folder} are what was fetched")

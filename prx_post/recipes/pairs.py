@@ -1,8 +1,8 @@
 """Preference tables -> TRL's columns prompt, chosen, rejected, as parquet shards.
 
-A row holds two or more pictures of one prompt and a score for each: Pick-a-Pic's labels (1, 0, or 0.5 twice for a
-tie), HPDv2's human_preference (1 and 0) or its ranks (lower is better). Every two pictures whose scores differ make a
-pair. Pictures keep their bytes. Rows are streamed: a row group of the source and one to be written are in memory.
+A row holds two or more images of one prompt and a score for each: Pick-a-Pic's labels (1, 0, or 0.5 twice for a
+tie), HPDv2's human_preference (1 and 0) or its ranks (lower is better). Every two images whose scores differ make a
+pair. Images keep their bytes. Rows are streamed: a row group of the source and one to be written are in memory.
 
 The folder appears under its name when it is complete, with a manifest.json of counts and checksums; what a killed run
 left beside it is removed by the next one, which starts over.
@@ -28,24 +28,24 @@ from prx_post.data.images import decode
 from prx_post.recipes.tables import TableConfig, open_table
 
 GROUP_BYTES = 32 * 2**20
-"""Pictures in a row group, which is what a reader has to hold."""
+"""Images in a row group, which is what a reader has to hold."""
 MANIFEST, DROPPED = "manifest.json", "dropped.jsonl"
 
 
 @dataclass
 class PairsConfig(TableConfig):
-    """Preference pairs from a table of pictures with scores."""
+    """Preference pairs from a table of images with scores."""
 
     output_dir: str | None = doc("Folder for the shards; must be new or empty.", None)
     prompt_column: str = doc("Column with the prompts.", "prompt")
-    image_columns: list[str] = doc("One column for each picture, or one that holds a list of them.", [])
-    score_columns: list[str] = doc("One column for each picture's score, or one that holds a list of them.", [])
+    image_columns: list[str] = doc("One column for each image, or one that holds a list of them.", [])
+    score_columns: list[str] = doc("One column for each image's score, or one that holds a list of them.", [])
     higher_is_better: bool = doc("False where the scores are ranks, of which 1 is the best.", True)
     labelled_column: str | None = doc("Column that is false where a row has no label; null: all have one.", None)
-    image_dir: str | None = doc("Folder that the pictures' paths are relative to, where the table has paths.", None)
+    image_dir: str | None = doc("Folder that the images' paths are relative to, where the table has paths.", None)
     pairs_per_row: str = doc("`all` pairs with different scores, or only `best_worst`.", "all")
     max_rows: int | None = doc("Only the first rows of the table; null: all.", None, above=0)
-    shard_mb: int = doc("Pictures in a shard, MB.", 500, above=0)
+    shard_mb: int = doc("Images in a shard, MB.", 500, above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ class Pair:
 
 
 class Counts(Counter[str]):
-    """What became of the rows, and a line for each picture that could not be used."""
+    """What became of the rows, and a line for each image that could not be used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def _listed(counts: Counts) -> str:
 
 
 def pairs_of(table: Iterable[dict[str, Any]], config: PairsConfig, counts: Counts) -> Iterator[Pair]:
-    """Pairs of pictures with different scores, in the table's order; `counts` grows with what was read."""
+    """Pairs of images with different scores, in the table's order; `counts` grows with what was read."""
     for number, row in enumerate(tqdm(table, desc="pairing", unit="row", leave=False)):
         counts["rows"] += 1
         prompt = (row[config.prompt_column] or "").strip()
@@ -129,8 +129,8 @@ def pairs_of(table: Iterable[dict[str, Any]], config: PairsConfig, counts: Count
             counts["rows without a label"] += 1
             continue
         if not prompt or scores is None or len(scores) != len(cells):
-            reason = "no prompt" if not prompt else f"{len(cells)} pictures, scores {scores}"
-            counts.drop(number, reason, "rows without a prompt or a score for each picture")
+            reason = "no prompt" if not prompt else f"{len(cells)} images, scores {scores}"
+            counts.drop(number, reason, "rows without a prompt or a score for each image")
             continue
         ranked = sorted(range(len(scores)), key=lambda i: scores[i], reverse=config.higher_is_better)
         couples = list(itertools.combinations(ranked, 2))
@@ -138,18 +138,18 @@ def pairs_of(table: Iterable[dict[str, Any]], config: PairsConfig, counts: Count
             couples = [(ranked[0], ranked[-1])] if len(ranked) > 1 else []
         decided = [(better, worse) for better, worse in couples if scores[better] != scores[worse]]
         counts["ties"] += len(couples) - len(decided)
-        pictures: dict[int, bytes] = {}
+        images: dict[int, bytes] = {}
         for i in sorted({i for couple in decided for i in couple}):
             try:
-                pictures[i] = picture_bytes(cells[i], config.image_dir)
-                decode(pictures[i])
+                images[i] = image_bytes(cells[i], config.image_dir)
+                decode(images[i])
             except OSError as error:
-                pictures.pop(i, None)
-                counts.drop(number, f"picture {i}: {error}", "pictures that cannot be used")
+                images.pop(i, None)
+                counts.drop(number, f"image {i}: {error}", "images that cannot be used")
         for better, worse in decided:
-            if better in pictures and worse in pictures:
+            if better in images and worse in images:
                 counts["pairs"] += 1
-                yield Pair(prompt, pictures[better], pictures[worse])
+                yield Pair(prompt, images[better], images[worse])
 
 
 def _cells(row: dict[str, Any], columns: list[str]) -> list[Any]:
@@ -168,8 +168,8 @@ def _numbers(values: list[Any]) -> list[float] | None:
     return None if any(number != number for number in numbers) else numbers
 
 
-def picture_bytes(cell: Any, image_dir: str | None) -> bytes:
-    """The encoded picture of a cell: bytes, a datasets Image, or a path. Raises OSError if there is none."""
+def image_bytes(cell: Any, image_dir: str | None) -> bytes:
+    """The encoded image of a cell: bytes, a datasets Image, or a path. Raises OSError if there is none."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, bytes):

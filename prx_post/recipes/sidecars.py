@@ -1,4 +1,4 @@
-"""An own folder of pictures, each with its caption in a file of the same name -> metadata.jsonl beside them."""
+"""An own folder of images, each with its caption in a file of the same name -> metadata.jsonl beside them."""
 
 import json
 from collections import Counter
@@ -14,21 +14,21 @@ from prx_post.base.settings import doc, require
 from prx_post.data.images import decode
 from prx_post.recipes.tables import RecipeConfig
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 METADATA, PROBLEMS = "metadata.jsonl", "caption_problems.jsonl"
 
 
 @dataclass
 class SidecarConfig(RecipeConfig):
-    """metadata.jsonl for pictures with sidecar captions."""
+    """metadata.jsonl for images with sidecar captions."""
 
-    image_dir: str | None = doc("Folder with the pictures and captions; folders in it are read too.", None)
+    image_dir: str | None = doc("Folder with the images and captions; folders in it are read too.", None)
     caption_extensions: list[str] = doc(
-        "Extensions of caption files; the first that a picture has counts.", [".txt", ".caption", ".json"]
+        "Extensions of caption files; the first that an image has counts.", [".txt", ".caption", ".json"]
     )
     caption_field: str = doc("Where a .json file holds the caption.", "caption")
     max_bad_fraction: float = doc(
-        "Write nothing when more than this share of the pictures cannot be used.", 0.05, between=(0, 1)
+        "Write nothing when more than this share of the images cannot be used.", 0.05, between=(0, 1)
     )
     overwrite: bool = doc("Replace a metadata.jsonl that is there.", False)
 
@@ -36,61 +36,61 @@ class SidecarConfig(RecipeConfig):
         super().__post_init__()
         self.require_set("image_dir", "caption_extensions", "caption_field")
         for extension in self.caption_extensions:
-            ok = extension.startswith(".") and extension.lower() not in PICTURES
+            ok = extension.startswith(".") and extension.lower() not in IMAGES
             reason = "it is compared with the ends of file names"
             require(ok, "caption_extensions", extension, "like .txt", reason, "Write it with its dot")
 
 
 def run(config: SidecarConfig) -> None:
-    """Write metadata.jsonl. Raises PrxPostError if one is there, or too few pictures can be used."""
+    """Write metadata.jsonl. Raises PrxPostError if one is there, or too few images can be used."""
     folder = Path(str(config.image_dir)).expanduser()
     if not folder.is_dir():
         raise PrxPostError(f"image_dir is {config.image_dir!r}, but there is no such folder. Check the path.")
     metadata = folder / METADATA
     if metadata.exists() and not config.overwrite:
         raise PrxPostError(f"{metadata} is there already. Move it away, or set overwrite: true to replace it.")
-    rows, problems, pictures = scan(folder, config)
-    if not pictures:
-        raise PrxPostError(f"image_dir is {config.image_dir!r}, which holds no picture ({', '.join(PICTURES)}).")
+    rows, problems, images = scan(folder, config)
+    if not images:
+        raise PrxPostError(f"image_dir is {config.image_dir!r}, which holds no image ({', '.join(IMAGES)}).")
     for name, count in Counter(problem["problem"] for problem in problems).most_common():
         first = next(p["file"] for p in problems if p["problem"] == name)
         print(f"{count:6}  {name}, such as {first}")
     write_jsonl(folder / PROBLEMS, problems)
     if problems:
         print(f"all of these are listed in {folder / PROBLEMS}")
-    bad = pictures - len(rows)
-    if not rows or bad > config.max_bad_fraction * pictures:
+    bad = images - len(rows)
+    if not rows or bad > config.max_bad_fraction * images:
         raise PrxPostError(
-            f"{bad} of {pictures} pictures cannot be used, but max_bad_fraction is {config.max_bad_fraction}. "
+            f"{bad} of {images} images cannot be used, but max_bad_fraction is {config.max_bad_fraction}. "
             f"Nothing was written to {metadata}. Mend them, or raise max_bad_fraction."
         )
     write_jsonl(metadata, rows)
-    print(f"{len(rows)} of {pictures} pictures are in {metadata}")
+    print(f"{len(rows)} of {images} images are in {metadata}")
 
 
 def scan(folder: Path, config: SidecarConfig) -> tuple[list[dict[str, str]], list[dict[str, str]], int]:
-    """Rows for metadata.jsonl, problems ({file, problem}), and the number of pictures."""
+    """Rows for metadata.jsonl, problems ({file, problem}), and the number of images."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)))
-    pictures = [p for p in files if p.suffix.lower() in PICTURES]
+    images = [p for p in files if p.suffix.lower() in IMAGES]
     captions = {p for p in files if p.suffix.lower() in config.caption_extensions}
     rows, problems, used = [], [], set()
-    for picture in tqdm(pictures, desc="reading", unit="picture", leave=False):
-        name = picture.relative_to(folder).as_posix()
-        sidecar = _sidecar(picture, captions, config.caption_extensions)
+    for image in tqdm(images, desc="reading", unit="image", leave=False):
+        name = image.relative_to(folder).as_posix()
+        sidecar = _sidecar(image, captions, config.caption_extensions)
         used.add(sidecar)
         try:
             caption = read_caption(sidecar, config.caption_field)
-            decode(picture.read_bytes())
+            decode(image.read_bytes())
         except CaptionError as error:
             problems.append({"file": name, "problem": str(error)})
         except OSError as error:
-            problems.append({"file": name, "problem": "the picture cannot be decoded", "detail": str(error)})
+            problems.append({"file": name, "problem": "the image cannot be decoded", "detail": str(error)})
         else:
             rows.append({"file_name": name, "prompt": caption})
     for caption_file in sorted(captions - used):
         name = caption_file.relative_to(folder).as_posix()
-        problems.append({"file": name, "problem": "a caption without a picture"})
-    return rows, problems, len(pictures)
+        problems.append({"file": name, "problem": "a caption without an image"})
+    return rows, problems, len(images)
 
 
 def _hidden(path: Path) -> bool:
@@ -98,17 +98,17 @@ def _hidden(path: Path) -> bool:
 
 
 class CaptionError(Exception):
-    """A picture whose caption cannot be used."""
+    """An image whose caption cannot be used."""
 
 
-def _sidecar(picture: Path, captions: set[Path], extensions: list[str]) -> Path | None:
-    return next((p for e in extensions if (p := picture.with_suffix(e)) in captions), None)
+def _sidecar(image: Path, captions: set[Path], extensions: list[str]) -> Path | None:
+    return next((p for e in extensions if (p := image.with_suffix(e)) in captions), None)
 
 
 def read_caption(path: Path | None, json_field: str) -> str:
     """The caption in a text or JSON file, white space at its ends removed. Raises CaptionError if there is none."""
     if path is None:
-        raise CaptionError("a picture without a caption")
+        raise CaptionError("an image without a caption")
     try:
         text = path.read_text(encoding="utf-8-sig")
         value: Any = json.loads(text)[json_field] if path.suffix.lower() == ".json" else text

@@ -1,11 +1,11 @@
 """A table of URLs and prompts -> an image folder. Interrupted anywhere, it continues where it was.
 
-    output_dir/<key>.jpg ...     the pictures, byte for byte as they were served
+    output_dir/<key>.jpg ...     the images, byte for byte as they were served
     output_dir/metadata.jsonl    file_name and prompt of each, what `prx-post sft` reads; written when all is done
     output_dir/manifest.jsonl    what became of every row; a line is added as each row is done
 
 A row that is done is not fetched again as long as its file is what the manifest says. A permanent failure (404, no
-picture, a refused address) is not tried again unless asked; what another try may mend is tried in every run.
+image, a refused address) is not tried again unless asked; what another try may mend is tried in every run.
 """
 
 import dataclasses
@@ -41,9 +41,9 @@ TEST_SWITCH = "PRX_POST_TESTS_ALLOW_LOOPBACK"
 
 @dataclass
 class UrlListConfig(TableConfig):
-    """Pictures fetched from a list of URLs."""
+    """Images fetched from a list of URLs."""
 
-    output_dir: str | None = doc("Folder for the pictures; new, empty, or of an earlier run to be continued.", None)
+    output_dir: str | None = doc("Folder for the images; new, empty, or of an earlier run to be continued.", None)
     key_column: str = doc("Column with the rows' names, of which file names are made.", "key")
     url_column: str = doc("Column with the URLs.", "url")
     prompt_column: str = doc("Column with the captions.", "prompt")
@@ -55,12 +55,12 @@ class UrlListConfig(TableConfig):
         "Pause after the first failed try, seconds; doubled after each, and jittered.", 1.0, at_least=0
     )
     max_bytes: int = doc("Largest file accepted, bytes.", 32 * 2**20, above=0)
-    max_pixels: int = doc("Largest picture accepted, pixels; known before anything is decoded.", 80_000_000, above=0)
+    max_pixels: int = doc("Largest image accepted, pixels; known before anything is decoded.", 80_000_000, above=0)
     connect_timeout_s: float = doc("Seconds to connect.", 10.0, above=0)
     read_timeout_s: float = doc("Seconds between two pieces of an answer.", 20.0, above=0)
     total_timeout_s: float = doc("Seconds for a whole try, redirects included.", 120.0, above=0)
     max_lost_fraction: float = doc(
-        "Fail, keeping the pictures, when more than this share of the rows is lost.", 0.25, between=(0, 1)
+        "Fail, keeping the images, when more than this share of the rows is lost.", 0.25, between=(0, 1)
     )
     retry_failed: bool = doc("Try permanent failures of earlier runs again.", False)
     verify: bool = doc("Only check the files on disk against the manifest; fetch nothing.", False)
@@ -201,7 +201,7 @@ class Patient:
         self._per_host, self._hosts, self._lock = config.per_host, dict[str, threading.Semaphore](), threading.Lock()
 
     def fetch(self, url: str) -> tuple[Fetched | FetchError, int]:
-        """The picture or the last failure, and the number of tries."""
+        """The image or the last failure, and the number of tries."""
         for attempt in itertools.count(1):
             try:
                 with self._host(url):
@@ -244,7 +244,7 @@ def _fetch_group(patient: Patient, rows: list[Row], donor: Entry | None, folder:
 
 
 def _store(row: Row, found: Entry, data: bytes, extension: str, folder: Path) -> Entry:
-    """Write the row's own copy of the picture; its entry is `found` under its own names."""
+    """Write the row's own copy of the image; its entry is `found` under its own names."""
     file_name = row.stem + extension
     write_bytes(folder / file_name, data)
     return dataclasses.replace(found, key=row.key, file_name=file_name)
@@ -275,7 +275,7 @@ def _report(
     lost = [entries[row.key] for row in rows if entries[row.key].status != "ok"]
     share = len(lost) / len(rows)
     size_mb = sum(e.bytes or 0 for e in ok) / 1e6
-    print(f"{len(ok)} pictures ({size_mb:,.1f} MB) in {folder}; {len(lost)} of {len(rows)} lost ({share:.1%})")
+    print(f"{len(ok)} images ({size_mb:,.1f} MB) in {folder}; {len(lost)} of {len(rows)} lost ({share:.1%})")
     for line in by_reason(lost):
         print(line)
     if skipped:
@@ -286,7 +286,7 @@ def _report(
     if mendable:
         print(f"{mendable} of the lost may come back: run the same command again. All rows are in {folder / MANIFEST}.")
     if not ok:
-        raise PrxPostError(f"none of {len(rows)} rows gave a picture; {folder / MANIFEST} says why. Check the list.")
+        raise PrxPostError(f"none of {len(rows)} rows gave an image; {folder / MANIFEST} says why. Check the list.")
     if share > config.max_lost_fraction:
         raise PrxPostError(
             f"{len(lost)} of {len(rows)} rows are lost, but max_lost_fraction is {config.max_lost_fraction}. What was "

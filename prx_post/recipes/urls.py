@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class FetchError(Exception):
-    """A URL that gave no picture. The reason is a class of failures, and details after a colon.
+    """A URL that gave no image. The reason is a class of failures, and details after a colon.
 
     `permanent`: trying again is of no use. `retry_after_s`: how long the server asked to be left alone.
     """

@@ -1,4 +1,4 @@
-"""Scores on disk, keyed by (picture, prompt, reward), so that none is computed twice."""
+"""Scores on disk, keyed by (image, prompt, reward), so that none is computed twice."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ from prx_post.base.files import cannot_write, make_folder
 from prx_post.rewards.reward import Reward, check_counts, checked
 
 
-def picture_digest(image: Image.Image) -> str:
-    """Of a picture's mode, size and pixels."""
+def image_digest(image: Image.Image) -> str:
+    """Of an image's mode, size and pixels."""
     digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()
@@ -86,5 +86,5 @@ class CachedReward:
 
     def _key(self, image: Image.Image, prompt: str) -> str:
         return hashlib.sha256(
-            "\0".join((picture_digest(image), prompt, self.identity)).encode("utf-8", "surrogatepass")
+            "\0".join((image_digest(image), prompt, self.identity)).encode("utf-8", "surrogatepass")
         ).hexdigest()

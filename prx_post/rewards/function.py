@@ -18,8 +18,8 @@ from prx_post.rewards.reward import check_counts, checked
 class FunctionReward:
     """Calls `function(images, prompts)`, or `function(prompts, completions, **columns)` as TRL's reward functions.
 
-    Which of the two is told by the names of its parameters. Either returns a score a picture: a tensor, an array or a
-    list. In TRL's form the completions are the pictures, and `columns` are the other columns of the prompt set, by
+    Which of the two is told by the names of its parameters. Either returns a score an image: a tensor, an array or a
+    list. In TRL's form the completions are the images, and `columns` are the other columns of the prompt set, by
     name, a list each.
     """
 

@@ -14,7 +14,7 @@ from prx_post.base.settings import require
 
 
 class Reward(Protocol):
-    """Scores pictures against their prompts.
+    """Scores images against their prompts.
 
     Making one checks what it needs (libraries, weight files) and loads nothing; a model loads at the first call.
     """
@@ -23,28 +23,28 @@ class Reward(Protocol):
         """Scores [B] fp32 on the CPU, higher is better, of `images[i]` for `prompts[i]`; independent of each other."""
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise PrxPostError for a prompt that cannot be scored. Called before any picture is made."""
+        """Raise PrxPostError for a prompt that cannot be scored. Called before any image is made."""
 
     @property
     def identity(self) -> str:
-        """What a score depends on besides picture and prompt (weights, version, precision); the cache's key."""
+        """What a score depends on besides image and prompt (weights, version, precision); the cache's key."""
 
 
 def check_counts(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
     if len(images) != len(prompts):
-        raise PrxPostError(f"a reward got {len(images)} pictures, but must get as many as prompts ({len(prompts)}).")
+        raise PrxPostError(f"a reward got {len(images)} images, but must get as many as prompts ({len(prompts)}).")
 
 
 def checked(scores: Tensor, name: str, count: int) -> Tensor:
     """`scores` as fp32 on the CPU. Raises PrxPostError unless they are `count` finite numbers."""
     if scores.shape != (count,):
         shape = tuple(scores.shape)
-        raise PrxPostError(f"the reward {name} gave scores of shape {shape} for {count} pictures. Mend the reward.")
+        raise PrxPostError(f"the reward {name} gave scores of shape {shape} for {count} images. Mend the reward.")
     scores = scores.detach().float().cpu()
     if not torch.isfinite(scores).all():
         first = int((~torch.isfinite(scores)).nonzero()[0])
         raise PrxPostError(
-            f"the reward {name} gave {scores[first].item()} for picture {first} of {count}, but must give finite "
+            f"the reward {name} gave {scores[first].item()} for image {first} of {count}, but must give finite "
             f"numbers. Mend the reward."
         )
     return scores

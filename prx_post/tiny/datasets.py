@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from prx_post.rewards.scorers.numbers import FORMS, NUMBERS, caption
-from prx_post.tiny.pictures import write_number
+from prx_post.tiny.handwriting import write_number
 from prx_post.tiny.world import split_of_numbers
 
 PRETRAIN_SIZE = 24_000
@@ -22,20 +22,20 @@ REFERENCE_SIZE = 1_000
 
 
 @dataclass(frozen=True)
-class CaptionedPicture:
+class CaptionedImage:
     image: Image.Image
     number: int
-    """The number that the picture shows."""
+    """The number that the image shows."""
     prompt: str
 
 
-def pretraining_pictures(seed: int) -> Iterator[CaptionedPicture]:
+def pretraining_images(seed: int) -> Iterator[CaptionedImage]:
     """Training numbers with the captions of the web: in any form, and often with one digit wrong."""
     rng = np.random.default_rng([seed, 10])
     for _ in range(PRETRAIN_SIZE):
         number = int(rng.choice(split_of_numbers()["train"]))
         told = _another_train_number(number, rng) if rng.random() < PRETRAIN_WRONG_CAPTIONS else number
-        yield CaptionedPicture(write_number(number, "generator", rng), number, caption(told, str(rng.choice(FORMS))))
+        yield CaptionedImage(write_number(number, "generator", rng), number, caption(told, str(rng.choice(FORMS))))
 
 
 def _another_train_number(number: int, rng: np.random.Generator) -> int:
@@ -52,7 +52,7 @@ def _train_numbers() -> frozenset[int]:
     return frozenset(split_of_numbers()["train"])
 
 
-def curated_pictures(seed: int) -> list[CaptionedPicture]:
+def curated_images(seed: int) -> list[CaptionedImage]:
     """The most legible of many candidates, by OCR log-probability, each with a right caption. Training numbers only."""
     from prx_post.rewards import registry as base
 
@@ -61,16 +61,16 @@ def curated_pictures(seed: int) -> list[CaptionedPicture]:
     for _ in range(CURATED_CANDIDATES):
         number = int(rng.choice(split_of_numbers()["train"]))
         text = caption(number, str(rng.choice(FORMS)))
-        candidates.append(CaptionedPicture(write_number(number, "generator", rng), number, text))
+        candidates.append(CaptionedImage(write_number(number, "generator", rng), number, text))
     scores = base.load("ocr_graded")([c.image for c in candidates], [str(c.number) for c in candidates])
     return [candidates[i] for i in scores.argsort(descending=True)[:CURATED_SIZE].sort().values.tolist()]
 
 
-def reference_pictures(seed: int) -> list[CaptionedPicture]:
-    """Real pictures of any number, written with digits that no model of this world was trained on: FID's reference."""
+def reference_images(seed: int) -> list[CaptionedImage]:
+    """Real images of any number, written with digits that no model of this world was trained on: FID's reference."""
     rng = np.random.default_rng([seed, 12])
     numbers = [int(rng.choice(NUMBERS)) for _ in range(REFERENCE_SIZE)]
-    return [CaptionedPicture(write_number(n, "reference", rng), n, str(n)) for n in numbers]
+    return [CaptionedImage(write_number(n, "reference", rng), n, str(n)) for n in numbers]
 
 
 def prompt_set(split: str) -> list[dict[str, str]]:
@@ -79,7 +79,7 @@ def prompt_set(split: str) -> list[dict[str, str]]:
     return [{"prompt": caption(n, form), "target": str(n), "group": form} for n in numbers for form in FORMS]
 
 
-def write_parquet(pictures: Iterator[CaptionedPicture], path: Path) -> None:
+def write_parquet(images: Iterator[CaptionedImage], path: Path) -> None:
     """Columns `image` (PNG bytes, a datasets Image) and `prompt`."""
     import datasets
 
@@ -88,20 +88,20 @@ def write_parquet(pictures: Iterator[CaptionedPicture], path: Path) -> None:
         image.save(buffer, format="PNG")
         return {"bytes": buffer.getvalue()}
 
-    rows = [{"image": png(p.image), "prompt": p.prompt} for p in pictures]
+    rows = [{"image": png(p.image), "prompt": p.prompt} for p in images]
     features = datasets.Features({"image": datasets.Image(), "prompt": datasets.Value("string")})
     path.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
 
 
-def write_folder(pictures: list[CaptionedPicture], folder: Path) -> None:
+def write_folder(images: list[CaptionedImage], folder: Path) -> None:
     """An image folder: NNNNN.png and metadata.jsonl with `file_name` and `prompt`."""
     folder.mkdir(parents=True)
     with (folder / "metadata.jsonl").open("w") as metadata:
-        for i, picture in enumerate(pictures):
+        for i, image in enumerate(images):
             name = f"{i:05d}.png"
-            picture.image.save(folder / name)
-            metadata.write(json.dumps({"file_name": name, "prompt": picture.prompt}, ensure_ascii=False) + "\n")
+            image.image.save(folder / name)
+            metadata.write(json.dumps({"file_name": name, "prompt": image.prompt}, ensure_ascii=False) + "\n")
 
 
 def write_prompts(rows: list[dict[str, str]], path: Path) -> None:
@@ -109,9 +109,9 @@ def write_prompts(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def write_all(folder: Path, seed: int = 0) -> None:
-    """curated/ (for SFT), reference/ (real pictures for FID), and prompts-*.jsonl of train, validation and test."""
+    """curated/ (for SFT), reference/ (real images for FID), and prompts-*.jsonl of train, validation and test."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_folder(curated_pictures(seed), folder / "curated")
-    write_folder(reference_pictures(seed), folder / "reference")
+    write_folder(curated_images(seed), folder / "curated")
+    write_folder(reference_images(seed), folder / "reference")
     for split in ("train", "validation", "test"):
         write_prompts(prompt_set(split), folder / f"prompts-{split}.jsonl")

@@ -52,8 +52,8 @@ def test_a_process_without_prx_post_loads_what_we_emit_and_generates(base, tmp_p
     first = emit(changed(load(str(base))), tmp_path / "first", dtype)
     second = emit(load(str(first)), tmp_path / "second", dtype)
     for folder in (first, second):
-        picture = tmp_path / f"{folder.name}.png"
-        command = [sys.executable, "-c", OUTSIDER, str(folder), str(picture)]
+        image = tmp_path / f"{folder.name}.png"
+        command = [sys.executable, "-c", OUTSIDER, str(folder), str(image)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
@@ -79,7 +79,7 @@ def test_the_dc_ae_variant_goes_through_too(dc_ae_pipeline, tmp_path):
     assert checkpoint.pipeline.latent_shape(32, 64) == (8, 8, 16)
     emitted = emit(checkpoint, tmp_path / "emitted")
     assert digests(dc_ae_pipeline, "vae") == digests(emitted, "vae")
-    command = [sys.executable, "-c", OUTSIDER, str(emitted), str(tmp_path / "picture.png")]
+    command = [sys.executable, "-c", OUTSIDER, str(emitted), str(tmp_path / "image.png")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr
     assert inspect(emitted).variant == "dc-ae"

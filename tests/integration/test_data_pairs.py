@@ -80,17 +80,17 @@ def test_pick_a_pic_gives_chosen_and_rejected_with_their_bytes(tmp_path, capsys)
             "pairs": 2,
             "ties": 1,
             "rows without a label": 1,
-            "pictures that cannot be used": 1,
-            "rows without a prompt or a score for each picture": 1,
+            "images that cannot be used": 1,
+            "rows without a prompt or a score for each image": 1,
         }
     dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
-    assert [(d["row"], d["reason"].split(":")[0]) for d in dropped] == [(4, "picture 1"), (5, "no prompt")]
+    assert [(d["row"], d["reason"].split(":")[0]) for d in dropped] == [(4, "image 1"), (5, "no prompt")]
     (shard,) = manifest(out)["shards"]
     assert shard["sha256"] == hashlib.sha256((out / shard["file"]).read_bytes()).hexdigest()
     assert "2 pairs in 1 shards" in capsys.readouterr().out
 
 
-def test_hpd_v2_training_rows_give_the_preferred_picture_as_chosen(tmp_path):
+def test_hpd_v2_training_rows_give_the_preferred_image_as_chosen(tmp_path):
     (tmp_path / "train").mkdir()
     for name, data in (("1.jpg", A), ("2.jpg", B)):
         (tmp_path / "train" / name).write_bytes(data)

@@ -75,7 +75,7 @@ def test_the_result_is_an_image_folder_and_the_manifest_says_what_became_of_each
         ("a", "ok", None),
         ("../b/é", "ok", None),
         ("c", "failed", "HTTP 404"),
-        ("d", "failed", "no usable picture: no picture format that Pillow knows"),
+        ("d", "failed", "no usable image: no image format that Pillow knows"),
         ("e", "failed", "refused: file scheme; only http and https are read"),
         ("f", "skipped", "no prompt"),
         ("a", "skipped", "the key of an earlier row"),
@@ -84,7 +84,7 @@ def test_the_result_is_an_image_folder_and_the_manifest_says_what_became_of_each
     assert found[1]["file_name"].endswith(".png")
     assert sorted(p.suffix for p in folder.iterdir()) == [".jpg", ".jsonl", ".jsonl", ".png"]
     printed = capsys.readouterr().out
-    assert "2 pictures" in printed
+    assert "2 images" in printed
     assert "3 of 5 lost (60.0%)" in printed
     assert "     1  HTTP 404" in printed
     assert "2 rows skipped" in printed
@@ -170,7 +170,7 @@ def test_a_damaged_or_missing_file_is_named_and_fetched_again(server, tmp_path, 
     (tmp_path / "out" / "b.jpg").unlink()
 
     settings.verify = True
-    with pytest.raises(PrxPostError, match="2 of 3 pictures are damaged or missing"):
+    with pytest.raises(PrxPostError, match="2 of 3 images are damaged or missing"):
         run(settings)
     printed = capsys.readouterr().out
     assert "a.jpg is not the file that was fetched" in printed
@@ -184,10 +184,10 @@ def test_a_damaged_or_missing_file_is_named_and_fetched_again(server, tmp_path, 
     assert contents(tmp_path / "out") == whole
     settings.verify = True
     run(settings)
-    assert "3 pictures" in capsys.readouterr().out
+    assert "3 images" in capsys.readouterr().out
 
 
-def test_a_damaged_file_that_cannot_be_fetched_again_is_not_left_among_the_pictures(server, tmp_path):
+def test_a_damaged_file_that_cannot_be_fetched_again_is_not_left_among_the_images(server, tmp_path):
     server.handlers |= {
         "/a": sends(response(encoded_image())),
         "/b": sends(response(encoded_image(seed=1)), response(b"", "410 Gone")),
@@ -201,7 +201,7 @@ def test_a_damaged_file_that_cannot_be_fetched_again_is_not_left_among_the_pictu
     assert manifest(tmp_path / "out")["b"]["reason"] == "HTTP 410"
 
 
-def test_too_many_lost_rows_are_an_error_that_keeps_the_pictures(server, tmp_path):
+def test_too_many_lost_rows_are_an_error_that_keeps_the_images(server, tmp_path):
     server.handlers["/a"] = sends(response(encoded_image()))
     table = write_table(tmp_path / "list.csv", [("a", server.url("/a"), "one"), ("b", server.url("/b"), "two")])
     with pytest.raises(PrxPostError, match=r"1 of 2 rows are lost, but max_lost_fraction is 0\.4"):
@@ -212,7 +212,7 @@ def test_too_many_lost_rows_are_an_error_that_keeps_the_pictures(server, tmp_pat
 def test_loopback_is_refused_without_the_tests_switch(server, tmp_path, monkeypatch):
     monkeypatch.delenv(url_list.TEST_SWITCH)
     table = write_table(tmp_path / "list.csv", [("a", server.url("/a"), "one")])
-    with pytest.raises(PrxPostError, match=r"none of 1 rows gave a picture; .*manifest.jsonl says why"):
+    with pytest.raises(PrxPostError, match=r"none of 1 rows gave an image; .*manifest.jsonl says why"):
         run(config(table, tmp_path / "out"))
     assert manifest(tmp_path / "out")["a"]["reason"] == "refused: 127.0.0.1 is at 127.0.0.1, which is not public"
     assert not server.hits
@@ -282,7 +282,7 @@ def test_a_killed_run_continues_to_the_same_folder_as_an_unbroken_one(server, tm
         assert not (broken / "metadata.jsonl").exists()  # what is unfinished cannot be mistaken for a data set
     with (broken / "manifest.jsonl").open("a") as file:
         file.write('{"key": "k23", "ur')  # a line that was being written
-    (broken / ".k19.jpg.partial").write_bytes(b"half a picture, of a row that is a 404 now")
+    (broken / ".k19.jpg.partial").write_bytes(b"half an image, of a row that is a 404 now")
     subprocess.run([*command, str(broken)], env=dict(os.environ), check=True, capture_output=True)
     assert contents(broken) == whole
     assert server.hits.total() - already <= 24 + 2 * 2  # at most what the killed runs' two workers had in hand

@@ -237,7 +237,7 @@ def test_evaluating_does_not_touch_training(prompts_file, warm_cache, tmp_path):
 
 
 def test_a_collapsed_student_ends_the_run_with_its_state_saved(prompts_file, warm_cache, tmp_path, monkeypatch):
-    """The same picture for every noise: diversity is nothing of the teacher's."""
+    """The same image for every noise: diversity is nothing of the teacher's."""
     generate = monitor.ImageMonitor._generate
 
     def collapsed(self, sampler, jobs):
@@ -260,7 +260,7 @@ def test_a_discriminator_that_is_never_wrong_ends_the_run(prompts_file, warm_cac
     open_checkpoint(tmp_path / "run" / "checkpoint-000003").verify()
 
 
-def test_real_pictures_take_their_share_of_every_batch(prompts_file, picture_folder, warm_cache, tmp_path, monkeypatch):
+def test_real_images_take_their_share_of_every_batch(prompts_file, image_folder, warm_cache, tmp_path, monkeypatch):
     from prx_post.stages.distill.objective import DistillationObjective
 
     keys = []
@@ -271,12 +271,12 @@ def test_real_pictures_take_their_share_of_every_batch(prompts_file, picture_fol
         return forward(self, batch)
 
     monkeypatch.setattr(DistillationObjective, "forward", spy)
-    changes = {"real_fraction": 0.25, "dataset_name": str(picture_folder)}
+    changes = {"real_fraction": 0.25, "dataset_name": str(image_folder)}
     train(*settings(prompts_file, warm_cache, tmp_path / "run", **changes))
     names = [json.loads(line)["name"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert len([name for name in names if name.startswith("train.jsonl:")]) == len(PROMPTS)
     assert len([name for name in names if name.endswith(".png")]) == 48
-    # rows above the prompts' can only be pictures; one of four in each batch is one
+    # rows above the prompts' can only be images; one of four in each batch is one
     assert all(sum(row >= len(PROMPTS) for row in rows) <= 1 for rows in keys)
     assert sum(row >= len(PROMPTS) for rows in keys for row in rows) >= 3
 

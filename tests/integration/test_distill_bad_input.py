@@ -60,13 +60,13 @@ def test_a_teacher_with_another_text_encoder_is_refused(prompts_file, tmp_path):
     assert not (tmp_path / "cache" / "teacher-latents").exists()
 
 
-def test_a_share_of_real_pictures_that_no_batch_can_hold_is_an_error(prompts_file, picture_folder, tmp_path):
-    changes = {"real_fraction": 0.1, "dataset_name": str(picture_folder)}
+def test_a_share_of_real_images_that_no_batch_can_hold_is_an_error(prompts_file, image_folder, tmp_path):
+    changes = {"real_fraction": 0.1, "dataset_name": str(image_folder)}
     with pytest.raises(ConfigError, match="real_fraction is 0.1, but must be enough .* a step takes 4 samples"):
         train(*settings(prompts_file, tmp_path / "cache", tmp_path / "run", **changes))
 
 
-def test_a_misspelt_folder_of_real_pictures_is_found_before_anything_is_made(prompts_file, tmp_path, monkeypatch):
+def test_a_misspelt_folder_of_real_images_is_found_before_anything_is_made(prompts_file, tmp_path, monkeypatch):
     no_models(monkeypatch)
     changes = {"real_fraction": 0.5, "dataset_name": "./nothing"}
     with pytest.raises(PrxPostError, match="dataset_name is './nothing'"):

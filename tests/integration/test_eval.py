@@ -12,7 +12,7 @@ from prx_post.evaluation.jobs import spread_over_groups
 from prx_post.rewards.scorers import ocr
 from prx_post.rewards.scorers.numbers import FORMS
 from prx_post.tiny.datasets import prompt_set, write_folder, write_prompts
-from tests.conftest import numbered_pictures
+from tests.conftest import numbered_images
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     rows = prompt_set("validation")
     write_prompts([{"prompt": '<b>"7"</b> & <script>alert(1)</script>', "group": "odd"}, *rows], folder / "p.jsonl")
-    write_folder(numbered_pictures(list(range(10, 90))), folder / "reference")
+    write_folder(numbered_images(list(range(10, 90))), folder / "reference")
     return folder
 
 
@@ -48,7 +48,7 @@ def evaluated(world, tmp_path_factory):
 
 def test_results_hold_every_reward_and_metric_with_an_interval_overall_and_by_group(evaluated):
     _, results = evaluated
-    assert results["num_pictures"] == 48
+    assert results["num_images"] == 48
     plain = results["checkpoints"]["plain"]
     assert set(plain["rewards"]) == {"ocr_exact", "ocr_graded", "judge_exact", "judge_graded"}
     assert set(plain["metrics"]) == {"fid", "diversity"}
@@ -85,12 +85,12 @@ def test_a_checkpoints_own_settings_are_its_alone(evaluated):
     assert steps == {"plain": 4, "same": 4, "rough": 2}
     evaluations = {name: result["num_network_evaluations"] for name, result in results["checkpoints"].items()}
     assert evaluations == {"plain": 8, "same": 8, "rough": 4}  # with guidance, twice a step
-    (picture, *_) = sorted((out / "images" / "rough" / "numbers").iterdir())
-    assert Image.open(picture).text["num_inference_steps"] == "2"
+    (image, *_) = sorted((out / "images" / "rough" / "numbers").iterdir())
+    assert Image.open(image).text["num_inference_steps"] == "2"
     assert results["differences"]["rough"]["judge_graded"]["value"] < 0
 
 
-def test_the_last_step_of_a_trajectory_is_the_picture_itself(evaluated):
+def test_the_last_step_of_a_trajectory_is_the_image_itself(evaluated):
     out, results = evaluated
     folders = sorted((out / "trajectories" / "plain" / "numbers").iterdir())
     assert len(folders) == results["settings"]["trajectory_prompts"] == 2
@@ -124,7 +124,7 @@ def test_a_second_run_draws_and_scores_nothing_again_and_takes_a_further_checkpo
         evaluate.run(flags(world, out, "--checkpoints", "a=tiny?guidance_scale=2", *common))
 
 
-def test_a_broken_off_run_goes_on_and_ends_with_the_same_pictures(world, tmp_path):
+def test_a_broken_off_run_goes_on_and_ends_with_the_same_images(world, tmp_path):
     common = ("--checkpoints", "a=tiny", "--num_prompts", 12, "--rewards", "ocr_exact", "--batch_size", 4)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for out in (whole, broken):
@@ -144,7 +144,7 @@ def test_what_was_drawn_and_scored_is_kept_when_a_reward_fails(world, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text("def score(images, prompts):\n    return [float('nan')] * len(images)\n")
     common = ("--checkpoints", "a=tiny", "--num_prompts", 6)
-    with pytest.raises(PrxPostError, match="the reward score gave nan for picture 0 of 6"):
+    with pytest.raises(PrxPostError, match="the reward score gave nan for image 0 of 6"):
         evaluate.run(flags(world, tmp_path / "out", *common, "--rewards", "ocr_exact", f"{mine}:score"))
     assert len(list((tmp_path / "out" / "images" / "a" / "numbers").glob("*.png"))) == 6
     assert sum(len(path.read_text().splitlines()) for path in (tmp_path / "out" / "scores").iterdir()) == 6
@@ -186,7 +186,7 @@ def test_sets_lengths_and_languages_are_reported_apart_and_a_reward_scores_the_s
     assert ("group", "numbers: fr") in parts
 
 
-def test_no_rewards_at_all_still_gives_pictures_and_a_report(world, tmp_path):
+def test_no_rewards_at_all_still_gives_images_and_a_report(world, tmp_path):
     out = tmp_path / "out"
     evaluate.evaluate(
         evaluate.EvalConfig(

@@ -32,7 +32,7 @@ def test_eval_reports_a_judges_wins_and_its_position_bias(tmp_path):
     assert (counts["asked"], counts["contradictions"], counts["position_bias"]) == (24, 12, 1.0)
 
 
-def test_a_judge_that_cannot_be_reached_leaves_the_pictures_and_scores(tmp_path):
+def test_a_judge_that_cannot_be_reached_leaves_the_images_and_scores(tmp_path):
     unreachable = ("--judge_url", "http://127.0.0.1:9/v1", "--judge_max_attempts", "1")
     with pytest.raises(PrxPostError, match="127.0.0.1:9"):
         evaluate.run(evaluation(tmp_path, *unreachable, "--judge_cache_dir", str(tmp_path / "cache")))

@@ -7,7 +7,7 @@ import pytest
 from prx_post.base.files import FolderLock
 from prx_post.evaluation import evaluate
 from prx_post.tiny.datasets import prompt_set, write_folder, write_prompts
-from tests.conftest import numbered_pictures
+from tests.conftest import numbered_images
 from tests.processes import Processes, run
 
 
@@ -15,7 +15,7 @@ from tests.processes import Processes, run
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     write_prompts(prompt_set("validation"), folder / "p.jsonl")
-    write_folder(numbered_pictures(list(range(10, 60))), folder / "reference")
+    write_folder(numbered_images(list(range(10, 60))), folder / "reference")
     return folder
 
 
@@ -35,14 +35,14 @@ def without_what_may_differ(results):
     return results
 
 
-def test_two_processes_draw_the_same_pictures_and_find_the_same_numbers_as_one(world, tmp_path):
+def test_two_processes_draw_the_same_images_and_find_the_same_numbers_as_one(world, tmp_path):
     run(1, arguments(world, tmp_path / "one"))
     run(2, arguments(world, tmp_path / "two"))
     one, two = (tmp_path / name for name in ("one", "two"))
-    pictures = sorted(path.relative_to(one) for path in one.rglob("*.png"))
-    assert len(pictures) == 2 * 21 + 2 * (3 + 2)  # and two trajectories of each checkpoint
-    for picture in pictures:
-        assert (one / picture).read_bytes() == (two / picture).read_bytes()
+    images = sorted(path.relative_to(one) for path in one.rglob("*.png"))
+    assert len(images) == 2 * 21 + 2 * (3 + 2)  # and two trajectories of each checkpoint
+    for image in images:
+        assert (one / image).read_bytes() == (two / image).read_bytes()
     ranks = {json.loads(line)["rank"] for line in (two / "images" / "a" / "speed.jsonl").read_text().splitlines()}
     assert ranks == {0, 1}
     found = [without_what_may_differ(json.loads((out / "results.json").read_text())) for out in (one, two)]

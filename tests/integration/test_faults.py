@@ -22,10 +22,10 @@ from tests.running import train_sft as train
 
 
 @pytest.fixture(scope="module")
-def undisturbed(picture_folder, warm_cache, tmp_path_factory):
+def undisturbed(image_folder, warm_cache, tmp_path_factory):
     """A run of ten steps that nothing happened to, with all its checkpoints."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    arguments = sft_arguments(picture_folder, warm_cache, folder / "run", save_total_limit=9)
+    arguments = sft_arguments(image_folder, warm_cache, folder / "run", save_total_limit=9)
     outcome = run_child(arguments, folder / "log")
     assert outcome.returncode == 0, outcome.output[-3000:]
     return folder / "run"
@@ -44,8 +44,8 @@ def half_done(undisturbed, tmp_path):
     return run
 
 
-def test_eight_runs_killed_at_random_moments_and_inside_saves_lose_nothing(picture_folder, warm_cache, tmp_path):
-    found = kill_trials(picture_folder, warm_cache, tmp_path, trials=8)
+def test_eight_runs_killed_at_random_moments_and_inside_saves_lose_nothing(image_folder, warm_cache, tmp_path):
+    found = kill_trials(image_folder, warm_cache, tmp_path, trials=8)
     assert found.trials == 8
     assert found.kills >= 8
     assert found.kills_in_a_save >= 2
@@ -54,9 +54,9 @@ def test_eight_runs_killed_at_random_moments_and_inside_saves_lose_nothing(pictu
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
-def test_a_signal_finishes_the_step_saves_and_exits_with_75(picture_folder, warm_cache, tmp_path, undisturbed, number):
+def test_a_signal_finishes_the_step_saves_and_exits_with_75(image_folder, warm_cache, tmp_path, undisturbed, number):
     run = tmp_path / "run"
-    arguments = sft_arguments(picture_folder, warm_cache, run, save_steps=100)
+    arguments = sft_arguments(image_folder, warm_cache, run, save_steps=100)
     training = lambda: (run / "metrics.jsonl").exists()  # noqa: E731
     outcome = run_child(arguments, tmp_path / "log", signal_when=(number, training))
     assert outcome.returncode == 75
@@ -69,20 +69,20 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_75(picture_folder, warm
 
 
 def test_a_resumed_run_repeats_what_was_logged_after_its_checkpoint(
-    picture_folder, warm_cache, tmp_path, undisturbed, half_done
+    image_folder, warm_cache, tmp_path, undisturbed, half_done
 ):
-    outcome = run_child(sft_arguments(picture_folder, warm_cache, half_done), tmp_path / "log")
+    outcome = run_child(sft_arguments(image_folder, warm_cache, half_done), tmp_path / "log")
     assert outcome.returncode == 0, outcome.output
     assert f"resuming from {half_done / 'checkpoint-000004'}" in outcome.output
     assert differences(half_done, undisturbed) == []
     assert [line["step"] for line in numbers(half_done)] == [3, 6, 9, 10]
 
 
-def test_lora_with_dropout_and_muon_resume_exactly_too(picture_folder, warm_cache, tmp_path):
+def test_lora_with_dropout_and_muon_resume_exactly_too(image_folder, warm_cache, tmp_path):
     for changes in ({"use_peft": True, "lora_r": 4, "lora_dropout": 0.2}, {"optim": "muon", "bf16": True}):
         folder = tmp_path / next(iter(changes))
         whole, broken = (
-            sft_arguments(picture_folder, warm_cache, folder / name, max_steps=6, **changes) for name in ("a", "b")
+            sft_arguments(image_folder, warm_cache, folder / name, max_steps=6, **changes) for name in ("a", "b")
         )
         folder.mkdir()
         assert run_child(whole, folder / "log").returncode == 0
@@ -93,10 +93,10 @@ def test_lora_with_dropout_and_muon_resume_exactly_too(picture_folder, warm_cach
 
 
 def test_only_the_newest_checkpoints_are_kept_and_a_finished_run_is_left_alone(
-    picture_folder, warm_cache, tmp_path, undisturbed
+    image_folder, warm_cache, tmp_path, undisturbed
 ):
     run = tmp_path / "run"
-    arguments = sft_arguments(picture_folder, warm_cache, run, save_total_limit=2)
+    arguments = sft_arguments(image_folder, warm_cache, run, save_total_limit=2)
     assert run_child(arguments, tmp_path / "log").returncode == 0
     assert [p.name for p in checkpoints(run)] == ["checkpoint-000008", "checkpoint-000010"]
     assert not list(run.glob(".checkpoint*"))
@@ -106,9 +106,9 @@ def test_only_the_newest_checkpoints_are_kept_and_a_finished_run_is_left_alone(
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_before_and_says_what_it_needed(
-    picture_folder, warm_cache, tmp_path, undisturbed, half_done
+    image_folder, warm_cache, tmp_path, undisturbed, half_done
 ):
-    arguments = sft_arguments(picture_folder, warm_cache, half_done)
+    arguments = sft_arguments(image_folder, warm_cache, half_done)
     size = (half_done / "checkpoint-000004" / "rank-00000.safetensors").stat().st_size
     outcome = run_child(arguments, tmp_path / "log", Limits(largest_file=size // 2))
     assert outcome.returncode == 2
@@ -121,11 +121,11 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_and_says_what_it_needed
     assert differences(half_done, undisturbed) == []
 
 
-def test_a_disk_too_full_is_noticed_before_a_checkpoint_is_begun(picture_folder, warm_cache, tmp_path, monkeypatch):
+def test_a_disk_too_full_is_noticed_before_a_checkpoint_is_begun(image_folder, warm_cache, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     with pytest.raises(PrxPostError, match=r"checkpoint-000002 needs 0\.03 GiB in .*, but 0\.00 GiB are free"):
-        train(*settings(picture_folder, warm_cache, tmp_path / "run", save_steps=2))
+        train(*settings(image_folder, warm_cache, tmp_path / "run", save_steps=2))
     assert checkpoints(tmp_path / "run") == []
 
 
@@ -151,16 +151,16 @@ def truncate(path):
     ids=["flipped", "truncated", "missing", "edited state", "truncated state"],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_told_to(
-    picture_folder, warm_cache, tmp_path, undisturbed, half_done, file, damage, found
+    image_folder, warm_cache, tmp_path, undisturbed, half_done, file, damage, found
 ):
     damage(half_done / "checkpoint-000004" / file)
-    outcome = run_child(sft_arguments(picture_folder, warm_cache, half_done), tmp_path / "log")
+    outcome = run_child(sft_arguments(image_folder, warm_cache, half_done), tmp_path / "log")
     assert outcome.returncode == 2
     (error,) = [line for line in outcome.output.splitlines() if line.startswith("error: ")]
     assert f"checkpoint-000004/{file}" in error
     assert found in error
     assert "To go on from checkpoint-000002 instead, set resume_past_damage: true" in error
-    told = sft_arguments(picture_folder, warm_cache, half_done, resume_past_damage=True, save_total_limit=9)
+    told = sft_arguments(image_folder, warm_cache, half_done, resume_past_damage=True, save_total_limit=9)
     outcome = run_child(told, tmp_path / "log")
     assert outcome.returncode == 0, outcome.output[-3000:]
     assert "Going on from checkpoint-000002" in outcome.output
@@ -168,27 +168,27 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_told_to(
     assert (half_done / "superseded-checkpoint-000004").exists()
 
 
-def test_a_checkpoint_folder_can_be_named_and_nothing_else(picture_folder, warm_cache, tmp_path, undisturbed):
+def test_a_checkpoint_folder_can_be_named_and_nothing_else(image_folder, warm_cache, tmp_path, undisturbed):
     with pytest.raises(PrxPostError, match=r"which is no checkpoint folder. Did you mean .*checkpoint-000010"):
-        train(*settings(picture_folder, warm_cache, tmp_path / "a", resume_from_checkpoint=str(undisturbed)))
+        train(*settings(image_folder, warm_cache, tmp_path / "a", resume_from_checkpoint=str(undisturbed)))
     with pytest.raises(DamagedCheckpoint, match="state.json cannot be read"):
         train(
             *settings(
-                picture_folder, warm_cache, tmp_path / "b", resume_from_checkpoint=str(tmp_path / "checkpoint-000001")
+                image_folder, warm_cache, tmp_path / "b", resume_from_checkpoint=str(tmp_path / "checkpoint-000001")
             )
         )
     named = sft_arguments(
-        picture_folder, warm_cache, tmp_path / "c", resume_from_checkpoint=undisturbed / "checkpoint-000006"
+        image_folder, warm_cache, tmp_path / "c", resume_from_checkpoint=undisturbed / "checkpoint-000006"
     )
     assert run_child(named, tmp_path / "log").returncode == 0
     assert differences(tmp_path / "c", undisturbed)[-1:] != ["transformer"]
     assert numbers(tmp_path / "c") == [line for line in numbers(undisturbed) if line["step"] > 6]
 
 
-def test_settings_that_would_make_the_state_meaningless_cannot_change(picture_folder, warm_cache, half_done):
+def test_settings_that_would_make_the_state_meaningless_cannot_change(image_folder, warm_cache, half_done):
     def resumed(**changes):
         common = {"per_device_train_batch_size": 4, "resume_from_checkpoint": "latest", "max_steps": 10}
-        train(*settings(picture_folder, warm_cache, half_done, **{**common, **changes}))
+        train(*settings(image_folder, warm_cache, half_done, **{**common, **changes}))
 
     with pytest.raises(PrxPostError, match="seed is 1, but must be 0 because .*checkpoint-000004 was saved with it"):
         resumed(seed=1)
@@ -196,32 +196,32 @@ def test_settings_that_would_make_the_state_meaningless_cannot_change(picture_fo
         resumed(per_device_train_batch_size=3)
 
 
-def test_other_data_than_the_run_began_with_is_refused_and_named(picture_folder, warm_cache, half_done, tmp_path):
+def test_other_data_than_the_run_began_with_is_refused_and_named(image_folder, warm_cache, half_done, tmp_path):
     changed = tmp_path / "changed"
-    shutil.copytree(picture_folder, changed)
+    shutil.copytree(image_folder, changed)
     shutil.copy(changed / "00008.png", changed / "00007.png")
     with pytest.raises(PrxPostError, match=r"holds other data than .*48 samples, 48 before; .*00007\.png differs"):
         train(*settings(changed, warm_cache, half_done, per_device_train_batch_size=4, resume_from_checkpoint="latest"))
 
 
-def test_a_corrupt_cache_shard_is_named_not_trained_on(picture_folder, tmp_path):
+def test_a_corrupt_cache_shard_is_named_not_trained_on(image_folder, tmp_path):
     cache = tmp_path / "cache"
-    train(*settings(picture_folder, cache, tmp_path / "first", max_steps=1))
+    train(*settings(image_folder, cache, tmp_path / "first", max_steps=1))
     (shard,) = (cache / "latents").rglob("*.safetensors")
     flip(shard, -5)  # in the last tensor's data
     with pytest.raises(PrxPostError, match=rf"cache file {shard} is corrupt: the checksum of .* Delete that file"):
-        train(*settings(picture_folder, cache, tmp_path / "second", max_steps=12))
+        train(*settings(image_folder, cache, tmp_path / "second", max_steps=12))
     shard.unlink()
-    train(*settings(picture_folder, cache, tmp_path / "third", max_steps=12))
+    train(*settings(image_folder, cache, tmp_path / "third", max_steps=12))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_afresh_and_no_other_folder_is_taken_for_one(
-    picture_folder, warm_cache, tmp_path
+    image_folder, warm_cache, tmp_path
 ):
     run = tmp_path / "run"
     run.mkdir()
     (run / "samples.jsonl").write_text("{}")
-    again = settings(picture_folder, warm_cache, run, max_steps=1, resume_from_checkpoint="latest")
+    again = settings(image_folder, warm_cache, run, max_steps=1, resume_from_checkpoint="latest")
     with pytest.raises(PrxPostError, match="must be new or empty"):
         train(*again)
     (run / ".lock").write_text("process 1 on elsewhere")
@@ -230,7 +230,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh_and_no_other_fol
 
 
 def test_a_checkpoint_of_another_base_or_without_an_average_is_refused(
-    picture_folder, warm_cache, half_done, base, tmp_path
+    image_folder, warm_cache, half_done, base, tmp_path
 ):
     other = tmp_path / "other"
     shutil.copytree(base, other)
@@ -240,17 +240,17 @@ def test_a_checkpoint_of_another_base_or_without_an_average_is_refused(
     save_file(tensors, file, metadata={"format": "pt"})
     common = {"per_device_train_batch_size": 4, "resume_from_checkpoint": "latest", "max_steps": 10}
     with pytest.raises(PrxPostError, match="was trained from another transformer"):
-        train(*settings(picture_folder, warm_cache, half_done, model_name_or_path=str(other), **common))
+        train(*settings(image_folder, warm_cache, half_done, model_name_or_path=str(other), **common))
     with pytest.raises(PrxPostError, match="ema_decay is 0.0, but must be above 0"):
-        train(*settings(picture_folder, warm_cache, half_done, ema_decay=0.0, **common))
+        train(*settings(image_folder, warm_cache, half_done, ema_decay=0.0, **common))
 
 
-def test_more_steps_of_a_finished_run_are_refused_and_no_more_are_nothing_to_do(picture_folder, warm_cache, tmp_path):
+def test_more_steps_of_a_finished_run_are_refused_and_no_more_are_nothing_to_do(image_folder, warm_cache, tmp_path):
     common = {"resume_from_checkpoint": "latest", "save_steps": 2}
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=2, **common))
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=2, **common))
+    train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=2, **common))
+    train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=2, **common))
     with pytest.raises(PrxPostError, match="max_steps is 4, but the run in .* has finished with 2"):
-        train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=4, **common))
+        train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=4, **common))
 
 
 def test_files_are_flushed_before_the_folder_is_renamed_and_old_ones_go_last(tmp_path, monkeypatch):
@@ -282,20 +282,20 @@ def test_files_are_flushed_before_the_folder_is_renamed_and_old_ones_go_last(tmp
     assert second.index("delete .checkpoint-000001.old") > in_place
 
 
-def test_two_runs_cannot_share_an_output_dir(picture_folder, warm_cache, tmp_path):
+def test_two_runs_cannot_share_an_output_dir(image_folder, warm_cache, tmp_path):
     (tmp_path / "run").mkdir()
     lock = FolderLock(tmp_path / "run")
     with pytest.raises(PrxPostError, match=r"another run writes there \(process \d+ on .*\)"):
-        train(*settings(picture_folder, warm_cache, tmp_path / "run"))
+        train(*settings(image_folder, warm_cache, tmp_path / "run"))
     lock.release()
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=1))
+    train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=1))
 
 
 @pytest.fixture(scope="module")
-def poisoned_cache(picture_folder, tmp_path_factory):
-    """A cache in which the latents of one picture of 48 are NaN, with a checksum that agrees."""
+def poisoned_cache(image_folder, tmp_path_factory):
+    """A cache in which the latents of one image of 48 are NaN, with a checksum that agrees."""
     cache = tmp_path_factory.mktemp("poisoned")
-    train(*settings(picture_folder, cache, cache / "run", max_steps=1))
+    train(*settings(image_folder, cache, cache / "run", max_steps=1))
     (shard,) = (cache / "latents").rglob("*.safetensors")
     tensors = load_file(shard)
     line = json.loads((cache / "run" / "samples.jsonl").read_text().splitlines()[7])
@@ -306,12 +306,12 @@ def poisoned_cache(picture_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("deepspeed", [None, "zero2", "zero3"])
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks_and_written_out(
-    picture_folder, poisoned_cache, tmp_path, deepspeed
+    image_folder, poisoned_cache, tmp_path, deepspeed
 ):
-    """48 pictures, 16 a step: one step of every three meets picture 7."""
+    """48 images, 16 a step: one step of every three meets image 7."""
     changes = {"max_steps": 6, "per_device_train_batch_size": 8, "logging_steps": 1}
     changes |= {"deepspeed": deepspeed} if deepspeed else {}
-    for finished in Processes(2, sft_arguments(picture_folder, poisoned_cache, tmp_path / "run", **changes)).wait():
+    for finished in Processes(2, sft_arguments(image_folder, poisoned_cache, tmp_path / "run", **changes)).wait():
         assert finished.returncode == 0, finished.output[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
     skipped = sorted({line["step"] for line in lines})
@@ -326,8 +326,8 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks_and_written_out(
     assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run").values())
 
 
-def test_a_rank_that_dies_takes_the_others_with_it_and_they_say_why(picture_folder, warm_cache, tmp_path):
-    arguments = sft_arguments(picture_folder, warm_cache, tmp_path / "run", max_steps=100000, save_steps=0)
+def test_a_rank_that_dies_takes_the_others_with_it_and_they_say_why(image_folder, warm_cache, tmp_path):
+    arguments = sft_arguments(image_folder, warm_cache, tmp_path / "run", max_steps=100000, save_steps=0)
     processes = Processes(2, arguments)
     wait_for(tmp_path / "run" / "metrics.jsonl")
     processes.ranks[1].kill()
@@ -338,9 +338,9 @@ def test_a_rank_that_dies_takes_the_others_with_it_and_they_say_why(picture_fold
     assert "Traceback" not in survivor.output
 
 
-def test_a_signal_to_one_rank_stops_all_of_them_at_one_step(picture_folder, warm_cache, tmp_path):
+def test_a_signal_to_one_rank_stops_all_of_them_at_one_step(image_folder, warm_cache, tmp_path):
     run = tmp_path / "run"
-    processes = Processes(2, sft_arguments(picture_folder, warm_cache, run, max_steps=100000, save_steps=0))
+    processes = Processes(2, sft_arguments(image_folder, warm_cache, run, max_steps=100000, save_steps=0))
     wait_for(run / "metrics.jsonl")
     processes.ranks[1].send_signal(signal.SIGUSR1)
     finished = processes.wait(timeout_s=120)

@@ -17,7 +17,7 @@ def test_every_prompt_is_drawn_with_every_seed_and_says_so_in_its_metadata(prx_p
         *("--batch_size", 3, "--output_dir", out),
         check=True,
     )
-    assert "4 pictures in" in result.stdout
+    assert "4 images in" in result.stdout
     images = [Image.open(p) for p in sorted(out.glob("*.png"))]
     assert [(i.text["prompt"], i.text["seed"]) for i in images] == [
         ("472", "0"),
@@ -31,7 +31,7 @@ def test_every_prompt_is_drawn_with_every_seed_and_says_so_in_its_metadata(prx_p
     assert images[0].text["checkpoint"] == "tiny"
 
 
-def test_the_batch_size_does_not_change_the_pictures(tmp_path):
+def test_the_batch_size_does_not_change_the_images(tmp_path):
     for size in (1, 4):
         flags = ["--prompts", "472", "81", "--seeds", "0", "1", "--batch_size", str(size)]
         generate.run([*COMMON, *flags, "--output_dir", str(tmp_path / str(size))])
@@ -40,7 +40,7 @@ def test_the_batch_size_does_not_change_the_pictures(tmp_path):
         assert np.abs(one - four).max() <= 1  # rounding of matrix products of another shape
 
 
-def test_bfloat16_draws_nearly_the_same_picture(tmp_path):
+def test_bfloat16_draws_nearly_the_same_image(tmp_path):
     for dtype in ("float32", "bfloat16"):
         generate.run([*COMMON, "--prompts", "472", "--dtype", dtype, "--output_dir", str(tmp_path / dtype)])
     full, half = (np.asarray(Image.open(tmp_path / d / "00000.png")).astype(int) for d in ("float32", "bfloat16"))
@@ -63,7 +63,7 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path):
         generate.run([*COMMON, "--prompts_file", str(tmp_path / "p.jsonl"), "--output_dir", str(tmp_path / "out")])
 
 
-def test_pictures_made_earlier_are_left_alone(tmp_path):
+def test_images_made_earlier_are_left_alone(tmp_path):
     (tmp_path / "00000.png").write_bytes(b"mine")
     with pytest.raises(PrxPostError, match="must be new or empty"):
         generate.run([*COMMON, "--prompts", "472", "--output_dir", str(tmp_path)])

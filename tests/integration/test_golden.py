@@ -22,8 +22,8 @@ CHECKED = [name for name in golden.RUNS if name.endswith("-1") or name.startswit
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_losses_and_weights_are_the_recorded_ones(name, picture_folder, prompts_file, place):
-    found = golden.measure(name, picture_folder, prompts_file, place / "cache", place)
+def test_losses_and_weights_are_the_recorded_ones(name, image_folder, prompts_file, place):
+    found = golden.measure(name, image_folder, prompts_file, place / "cache", place)
     loss, weights = golden.compare(found, golden.recorded()[name])
     assert loss < LOSS
     assert weights < WEIGHTS

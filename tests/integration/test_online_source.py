@@ -15,11 +15,11 @@ from tests.processes import Processes, run, wait_for
 MODES = ["ddp", "zero2"]
 
 
-def call(mode, pictures, cache, output_dir, **changes):
+def call(mode, images, cache, output_dir, **changes):
     """Two rollouts, trained on for three steps of eight samples each."""
     zero = {"deepspeed": mode} if mode.startswith("zero") else {}
     values = {
-        **{"model_name_or_path": "tiny", "dataset_name": pictures, "height": 32, "width": 64, "cache_dir": cache},
+        **{"model_name_or_path": "tiny", "dataset_name": images, "height": 32, "width": 64, "cache_dir": cache},
         **{"output_dir": output_dir, "max_steps": 6, "per_device_train_batch_size": 8 if mode == "one" else 4},
         **{"learning_rate": 1e-3, "logging_steps": 1, "save_steps": 1, "save_total_limit": 9, "sample_steps": 0},
         **{"report_to": "none", "num_inference_steps": 2, "guidance_scale": 1.0, "ema_decay": 0.9},
@@ -37,12 +37,12 @@ def rollouts(folder):
 
 
 @pytest.fixture(scope="module")
-def runs(picture_folder, tmp_path_factory):
+def runs(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("online")
 
     def get(mode):
         if not (folder / mode / "final").exists():
-            start(mode, picture_folder, folder / "cache", folder / mode)
+            start(mode, image_folder, folder / "cache", folder / mode)
         return folder / mode
 
     return get
@@ -57,7 +57,7 @@ def test_several_steps_train_on_each_rollout_and_the_policy_of_the_second_has_mo
 
 @pytest.mark.parametrize("mode", ["one", *MODES])
 def test_a_run_that_was_killed_inside_a_rollout_ends_with_the_same_bits_and_makes_none_twice(
-    runs, mode, picture_folder, tmp_path
+    runs, mode, image_folder, tmp_path
 ):
     broken = tmp_path / "run"
     broken.mkdir()
@@ -66,7 +66,7 @@ def test_a_run_that_was_killed_inside_a_rollout_ends_with_the_same_bits_and_make
     )  # of the first rollout's three steps
     for name in ("metrics.jsonl", "samples.jsonl"):
         shutil.copy(runs(mode) / name, broken / name)
-    start(mode, picture_folder, runs(mode).parent / "cache", broken)
+    start(mode, image_folder, runs(mode).parent / "cache", broken)
     assert differences(broken, runs(mode)) == []
     assert [line["iteration"] for line in rollouts(broken)] == [1]
     assert rollouts(broken)[0] == rollouts(runs(mode))[1]
@@ -92,13 +92,13 @@ def test_two_ranks_equal_one(runs, mode):
         assert a[:3] == pytest.approx(b[:3], rel=1e-4, abs=1e-6), name
 
 
-def test_a_run_of_two_ranks_continues_on_one(runs, picture_folder, tmp_path):
+def test_a_run_of_two_ranks_continues_on_one(runs, image_folder, tmp_path):
     moved = tmp_path / "run"
     moved.mkdir()
     shutil.copytree(runs("ddp") / "checkpoint-000002", moved / "checkpoint-000002")
     for name in ("metrics.jsonl", "samples.jsonl"):
         shutil.copy(runs("ddp") / name, moved / name)
-    start("one", picture_folder, runs("ddp").parent / "cache", moved)
+    start("one", image_folder, runs("ddp").parent / "cache", moved)
     assert [line["iteration"] for line in rollouts(moved)] == [1]
     a, b = ([line["error"] for line in numbers(folder)] for folder in (moved, runs("ddp")))
     assert a == pytest.approx(b, rel=1e-3)
@@ -109,10 +109,10 @@ def test_a_run_of_two_ranks_continues_on_one(runs, picture_folder, tmp_path):
     [("reward", "the reward has failed in the middle"), ("nan", "'81' are not finite in rollout 1")],
 )
 def test_what_fails_on_one_rank_in_a_rollout_ends_both_at_once_with_the_state_saved(
-    fault, message, runs, picture_folder, tmp_path
+    fault, message, runs, image_folder, tmp_path
 ):
     changes = {"fails_at": 1, "fault": fault, "save_steps": 0}
-    arguments = call("ddp", picture_folder, runs("one").parent / "cache", tmp_path / "run", **changes)
+    arguments = call("ddp", image_folder, runs("one").parent / "cache", tmp_path / "run", **changes)
     ranks = Processes(2, arguments, online_stage.register).wait(timeout_s=50)  # ddp_timeout is 60
     assert [rank.returncode for rank in ranks] == [2, 2]
     errors = [line for rank in ranks for line in rank.output.splitlines() if line.startswith("error")]
@@ -123,9 +123,9 @@ def test_what_fails_on_one_rank_in_a_rollout_ends_both_at_once_with_the_state_sa
     assert open_checkpoint(saved).joined("source")["latents"].shape == (8, 4, 8, 16)
 
 
-def test_a_stop_signal_to_one_rank_saves_the_rollout(runs, picture_folder, tmp_path):
+def test_a_stop_signal_to_one_rank_saves_the_rollout(runs, image_folder, tmp_path):
     changes = {"max_steps": 100000, "steps_per_rollout": 100000, "save_steps": 0}
-    arguments = call("ddp", picture_folder, runs("one").parent / "cache", tmp_path / "run", **changes)
+    arguments = call("ddp", image_folder, runs("one").parent / "cache", tmp_path / "run", **changes)
     processes = Processes(2, arguments, online_stage.register)
     wait_for(tmp_path / "run" / "metrics.jsonl")
     processes.ranks[1].send_signal(signal.SIGUSR1)

@@ -23,22 +23,22 @@ NEEDS_A_COMPILER = pytest.mark.skipif(
 )
 
 
-def arguments(mode, pictures, cache, output_dir, **changes):
+def arguments(mode, images, cache, output_dir, **changes):
     """Four steps of 16 samples, in one process or two."""
     batch = {"per_device_train_batch_size": 16 if mode == "one" else 8}
     zero = {"deepspeed": mode} if mode.startswith("zero") else {}
     common = {"max_steps": 4, "logging_steps": 1, "save_total_limit": 9}
-    return sft_arguments(pictures, cache, output_dir, **{**common, **batch, **zero, **changes})
+    return sft_arguments(images, cache, output_dir, **{**common, **batch, **zero, **changes})
 
 
 @pytest.fixture(scope="module")
-def runs(picture_folder, tmp_path_factory):
+def runs(image_folder, tmp_path_factory):
     """A finished run in each mode, made when first asked for."""
     folder = tmp_path_factory.mktemp("modes")
 
     def get(mode: str) -> Path:
         if not (folder / mode / "final").exists():
-            run(1 if mode == "one" else 2, arguments(mode, picture_folder, folder / "cache", folder / mode))
+            run(1 if mode == "one" else 2, arguments(mode, image_folder, folder / "cache", folder / mode))
         return folder / mode
 
     return get
@@ -79,14 +79,14 @@ def test_zero_splits_state_but_computes_what_ddp_does(runs, mode):
 
 
 @pytest.mark.parametrize("mode", params(["one", *MODES]))
-def test_a_resumed_run_is_bit_identical_in_every_mode(runs, mode, picture_folder, tmp_path):
+def test_a_resumed_run_is_bit_identical_in_every_mode(runs, mode, image_folder, tmp_path):
     broken = tmp_path / "run"
     broken.mkdir()
     for name in ("checkpoint-000002", "metrics.jsonl", "samples.jsonl"):
         copy = shutil.copytree if name.startswith("checkpoint") else shutil.copy
         copy(runs(mode) / name, broken / name)
     count = 1 if mode == "one" else 2
-    (first, *_) = run(count, arguments(mode, picture_folder, runs(mode).parent / "cache", broken))
+    (first, *_) = run(count, arguments(mode, image_folder, runs(mode).parent / "cache", broken))
     assert "resuming from" in first.output
     assert differences(broken, runs(mode)) == []
     ours, theirs = (state(folder / "checkpoint-000004") for folder in (broken, runs(mode)))
@@ -94,14 +94,14 @@ def test_a_resumed_run_is_bit_identical_in_every_mode(runs, mode, picture_folder
 
 
 @pytest.mark.parametrize(("before", "after"), [("zero3", "one"), ("one", "zero2"), ("ddp", "zero3")])
-def test_another_number_of_processes_goes_on_with_the_same_global_batch(runs, before, after, picture_folder, tmp_path):
+def test_another_number_of_processes_goes_on_with_the_same_global_batch(runs, before, after, image_folder, tmp_path):
     goes_on = tmp_path / "run"
     goes_on.mkdir()
     for name in ("metrics.jsonl", "samples.jsonl"):
         shutil.copy(runs(before) / name, goes_on / name)
     shutil.copytree(runs(before) / "checkpoint-000002", goes_on / "checkpoint-000002")
     changes = {"per_device_train_batch_size": 8}
-    call = arguments(after, picture_folder, runs(before).parent / "cache", goes_on, **changes)
+    call = arguments(after, image_folder, runs(before).parent / "cache", goes_on, **changes)
     (first, *_) = run(1 if after == "one" else 2, call)
     assert ("gradient_accumulation_steps is now 2" in first.output) == (after == "one")
     ours, theirs = ([line["loss"] for line in numbers(folder)] for folder in (goes_on, runs("one")))
@@ -109,11 +109,11 @@ def test_another_number_of_processes_goes_on_with_the_same_global_batch(runs, be
 
 
 @pytest.mark.parametrize("bf16", ["false", "true"])
-def test_lora_with_accumulation_and_checkpointing_agrees_between_ddp_and_zero3(picture_folder, tmp_path, bf16):
+def test_lora_with_accumulation_and_checkpointing_agrees_between_ddp_and_zero3(image_folder, tmp_path, bf16):
     changes = {"use_peft": "true", "lora_r": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": "true"}
     changes |= {"bf16": bf16, "max_steps": 2, "save_steps": 0}
     for mode in ("ddp", "zero3"):
-        run(2, arguments(mode, picture_folder, tmp_path / "cache", tmp_path / mode, **changes))
+        run(2, arguments(mode, image_folder, tmp_path / "cache", tmp_path / mode, **changes))
         assert (tmp_path / mode / "final-adapter" / "adapter_model.safetensors").exists()
     ours, theirs = ([line["loss"] for line in numbers(tmp_path / mode)] for mode in ("zero3", "ddp"))
     # ZeRO-3 brings its own linear layer, which rounds to bfloat16 (8 bits: 4e-3) at other places
@@ -123,11 +123,11 @@ def test_lora_with_accumulation_and_checkpointing_agrees_between_ddp_and_zero3(p
     assert sum((a[k] - b[k]).abs().mean().item() for k in b) / len(b) < (1e-7 if bf16 == "false" else 1e-4)
 
 
-def test_every_rank_gets_its_own_random_state_and_unlogged_sums_back(picture_folder, tmp_path):
+def test_every_rank_gets_its_own_random_state_and_unlogged_sums_back(image_folder, tmp_path):
     """Dropout draws on both ranks, and the checkpoint of step 2 lies within a window of three logged steps."""
     changes = {"use_peft": "true", "lora_r": 4, "lora_dropout": 0.3, "logging_steps": 3, "max_steps": 4}
     for name in ("whole", "broken"):
-        call = arguments("ddp", picture_folder, tmp_path / "cache", tmp_path / name, **changes)
+        call = arguments("ddp", image_folder, tmp_path / "cache", tmp_path / name, **changes)
         if name == "broken":
             (tmp_path / "broken").mkdir()
             shutil.copytree(tmp_path / "whole" / "checkpoint-000002", tmp_path / "broken" / "checkpoint-000002")
@@ -139,11 +139,11 @@ def test_every_rank_gets_its_own_random_state_and_unlogged_sums_back(picture_fol
     assert ranks[0]["sums/loss"] != ranks[1]["sums/loss"]
 
 
-def test_a_cache_that_not_every_process_sees_is_an_error_on_all(picture_folder, tmp_path):
+def test_a_cache_that_not_every_process_sees_is_an_error_on_all(image_folder, tmp_path):
     """As when cache_dir is on each machine's own disk."""
 
     def of_rank(rank):
-        return arguments("ddp", picture_folder, tmp_path / f"cache-{rank}", tmp_path / "run")
+        return arguments("ddp", image_folder, tmp_path / f"cache-{rank}", tmp_path / "run")
 
     ranks = Processes(2, of_rank).wait()
     assert [rank.returncode for rank in ranks] == [2, 2]
@@ -157,9 +157,9 @@ def launch(*command: object) -> subprocess.CompletedProcess:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_prx_post_launches_trls_accelerate_configs_by_name(runs, picture_folder, tmp_path):
+def test_prx_post_launches_trls_accelerate_configs_by_name(runs, image_folder, tmp_path):
     """`--accelerate_config zero3 --num_processes 2`, with a sample grid drawn by weights that are split."""
-    plain = arguments("ddp", picture_folder, tmp_path / "cache", tmp_path / "run", sample_steps=4)
+    plain = arguments("ddp", image_folder, tmp_path / "cache", tmp_path / "run", sample_steps=4)
     flags = ["--accelerate_config", "zero3", "--num_processes", "2", "--main_process_port", free_port()]
     result = launch(sys.executable, "-m", "prx_post.cli", *plain, "--sample_prompts", "472", *flags)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -167,18 +167,18 @@ def test_prx_post_launches_trls_accelerate_configs_by_name(runs, picture_folder,
     assert (tmp_path / "run" / "samples" / "grid-000004.png").exists()
 
 
-def test_torchrun_starts_the_same_command(runs, picture_folder, tmp_path):
-    plain = arguments("ddp", picture_folder, tmp_path / "cache", tmp_path / "run")
+def test_torchrun_starts_the_same_command(runs, image_folder, tmp_path):
+    plain = arguments("ddp", image_folder, tmp_path / "cache", tmp_path / "run")
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     result = launch(sys.executable, *torchrun, "-m", "prx_post.cli", *plain)
     assert result.returncode == 0, result.stderr[-3000:]
     assert differences(tmp_path / "run", runs("ddp")) == []
 
 
-def test_a_signal_to_the_launcher_reaches_the_processes_which_save(picture_folder, tmp_path):
+def test_a_signal_to_the_launcher_reaches_the_processes_which_save(image_folder, tmp_path):
     """SIGUSR1, which torchrun by itself would die of, leaving the processes behind."""
     changes = {"max_steps": 100000, "save_steps": 0}
-    plain = arguments("ddp", picture_folder, tmp_path / "cache", tmp_path / "run", **changes)
+    plain = arguments("ddp", image_folder, tmp_path / "cache", tmp_path / "run", **changes)
     launcher = Child([*plain, "--num_processes", 2, "--main_process_port", free_port()], tmp_path / "log")
     try:
         wait_for(tmp_path / "run" / "metrics.jsonl")
@@ -190,18 +190,18 @@ def test_a_signal_to_the_launcher_reaches_the_processes_which_save(picture_folde
     open_checkpoint(saved).verify()
 
 
-def test_fewer_processes_than_asked_for_are_an_error(picture_folder, tmp_path):
+def test_fewer_processes_than_asked_for_are_an_error(image_folder, tmp_path):
     """accelerate starts one process, whatever it is asked, when its config says distributed_type: NO."""
     single = tmp_path / "single.yaml"
     single.write_text(yaml.safe_dump({"distributed_type": "NO", "num_processes": 1, "use_cpu": True}))
-    plain = arguments("ddp", picture_folder, tmp_path / "cache", tmp_path / "run")
+    plain = arguments("ddp", image_folder, tmp_path / "cache", tmp_path / "run")
     result = launch(sys.executable, "-m", "prx_post.cli", *plain, "--accelerate_config", single, "--num_processes", "2")
     assert result.returncode != 0
     assert "num_processes is 2, but accelerate runs 1 process" in result.stderr
 
 
-def test_what_is_wrong_is_said_once_whoever_launches(picture_folder, tmp_path, prx_post):
-    plain = arguments("ddp", picture_folder, tmp_path / "cache", tmp_path / "run")
+def test_what_is_wrong_is_said_once_whoever_launches(image_folder, tmp_path, prx_post):
+    plain = arguments("ddp", image_folder, tmp_path / "cache", tmp_path / "run")
     for flags, message in (
         (["--accelerate_config", "zero4"], "accelerate_config is 'zero4'"),
         (["--num_processes", "2", "--max_steps", "0"], "max_steps is 0, but must be above 0"),

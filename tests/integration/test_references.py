@@ -17,9 +17,9 @@ from tests.processes import run
 ROUNDING = 2e-5
 
 
-def start(mode, pictures, cache, output_dir, **changes):
+def start(mode, images, cache, output_dir, **changes):
     values = {
-        **{"model_name_or_path": "tiny", "dataset_name": pictures, "height": 32, "width": 64, "cache_dir": cache},
+        **{"model_name_or_path": "tiny", "dataset_name": images, "height": 32, "width": 64, "cache_dir": cache},
         **{"output_dir": output_dir, "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
         **{"logging_steps": 1, "sample_steps": 0, "report_to": "none", "save_steps": 1, "save_total_limit": 9},
         **{"ema_decay": 0.0, "resume_from_checkpoint": "latest"},
@@ -33,29 +33,29 @@ def start(mode, pictures, cache, output_dir, **changes):
 
 @pytest.mark.parametrize("mode", ["one", "ddp", "zero2", "zero3"])
 def test_the_policy_without_its_adapter_is_the_frozen_copy_while_the_adapter_learns(
-    mode, picture_folder, warm_cache, tmp_path
+    mode, image_folder, warm_cache, tmp_path
 ):
-    lines = start(mode, picture_folder, warm_cache, tmp_path / "run", use_peft="true", lora_r=4)
+    lines = start(mode, image_folder, warm_cache, tmp_path / "run", use_peft="true", lora_r=4)
     assert lines[0]["policy_less_copy"] < ROUNDING  # a fresh adapter says nothing
     assert lines[2]["policy_less_copy"] > 1e-2
     assert all(line["off_less_copy"] < ROUNDING for line in lines)
 
 
 @pytest.mark.parametrize("mode", ["one", "zero1", "zero3"])
-def test_a_slow_average_that_keeps_nothing_is_the_policy(mode, picture_folder, warm_cache, tmp_path):
-    lines = start(mode, picture_folder, warm_cache, tmp_path / "run")
+def test_a_slow_average_that_keeps_nothing_is_the_policy(mode, image_folder, warm_cache, tmp_path):
+    lines = start(mode, image_folder, warm_cache, tmp_path / "run")
     assert lines[2]["policy_less_copy"] > 1e-2
     assert all(line["policy_less_slow"] < ROUNDING for line in lines)
 
 
-def test_a_slow_average_is_in_the_checkpoint(picture_folder, warm_cache, tmp_path):
-    start("one", picture_folder, warm_cache, tmp_path / "whole", decay=0.5)
+def test_a_slow_average_is_in_the_checkpoint(image_folder, warm_cache, tmp_path):
+    start("one", image_folder, warm_cache, tmp_path / "whole", decay=0.5)
     broken = tmp_path / "broken"
     broken.mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-000002", broken / "checkpoint-000002")
     for name in ("metrics.jsonl", "samples.jsonl"):
         shutil.copy(tmp_path / "whole" / name, broken / name)
-    lines = start("one", picture_folder, warm_cache, broken, decay=0.5)
+    lines = start("one", image_folder, warm_cache, broken, decay=0.5)
     assert lines[2]["policy_less_slow"] > 1e-3
     assert differences(broken, tmp_path / "whole") == []  # metrics, too
 

@@ -55,13 +55,13 @@ def test_the_headline_shows_the_results(report, tmp_path):
         assert row[4:7] == [str(steps), "3.0", str(2 * steps)]
 
 
-def test_every_picture_shows_and_every_part_is_there(report, tmp_path):
+def test_every_image_shows_and_every_part_is_there(report, tmp_path):
     page, results = report
     seen = browser.ask(
         page,
         """return {
           broken: [...page.images].filter(i => !i.naturalWidth).length,
-          pictures: page.images.length,
+          images: page.images.length,
           headings: [...page.querySelectorAll('h2')].map(h => h.innerText),
           steps: [...page.querySelectorAll('.strip')].map(s => s.children.length),
           bars: [...page.querySelectorAll('.bar b')].map(b => b.offsetWidth / b.parentNode.offsetWidth),
@@ -70,7 +70,7 @@ def test_every_picture_shows_and_every_part_is_there(report, tmp_path):
         *(1200, 900, tmp_path),
     )
     assert seen["broken"] == 0
-    assert seen["pictures"] >= 2 * 24
+    assert seen["images"] >= 2 * 24
     assert seen["steps"] == [4, 2, 4, 2]  # two prompts, two checkpoints
     assert seen["bars"] == pytest.approx([e["value"] for e in results["wins"]["rough"].values()], abs=0.01)
     assert seen["histogram"] == 4

@@ -105,10 +105,10 @@ def test_waits_double_are_spread_and_bounded():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (scored([1.0, 2.0]), "answered 1 pictures with 2 scores"),
-        (scored([]), "answered 1 pictures with 0 scores"),
-        (scored("1.0"), "answered 1 pictures with str scores"),
-        (scored(None), "answered 1 pictures with NoneType scores"),
+        (scored([1.0, 2.0]), "answered 1 images with 2 scores"),
+        (scored([]), "answered 1 images with 0 scores"),
+        (scored("1.0"), "answered 1 images with str scores"),
+        (scored(None), "answered 1 images with NoneType scores"),
         (scored([math.nan]), "gave the score nan, which is no finite number"),
         (scored([math.inf]), "gave the score inf"),
         (scored([True]), "gave the score True"),
@@ -123,7 +123,7 @@ def test_waits_double_are_spread_and_bounded():
         ((403, b"no", {}), "refused the token (HTTP 403)"),
         ((404, {"detail": "Not Found"}, {}), "answered HTTP 404; it is no prx-post reward server"),
         ((413, {"error": {"kind": "too large", "message": "too much"}}, {}), "answered HTTP 413: too much."),
-        ((422, {"error": {"kind": "picture", "message": "odd."}}, {}), "answered HTTP 422: odd."),
+        ((422, {"error": {"kind": "image", "message": "odd."}}, {}), "answered HTTP 422: odd."),
         ((500, {"error": {"kind": "crash", "message": "request 7"}}, {}), "answered HTTP 500: request 7."),
     ],
 )
@@ -179,18 +179,18 @@ def test_a_url_that_cannot_be_meant_is_refused_without_its_secrets(url):
 
 def test_large_calls_are_split_within_the_servers_limits_and_keep_their_order():
     reward = Fingerprints()
-    pictures = [noise(i, (200, 150)) for i in range(60)]  # 120 kB each as base64, so 8 of them are a request
+    images = [noise(i, (200, 150)) for i in range(60)]  # 120 kB each as base64, so 8 of them are a request
     prompts = [f'"{i}" \\ ü\n' for i in range(60)]
-    limits = {"max_request_mib": 1, "max_pictures": 16, "batch_size": 64, "max_batch_wait_ms": 0.0}
+    limits = {"max_request_mib": 1, "max_images": 16, "batch_size": 64, "max_batch_wait_ms": 0.0}
     with serving({"prints": reward}, **limits) as running:
-        expected = [fingerprint(*pair) for pair in zip(pictures, prompts, strict=True)]
-        assert connect(running.url)(pictures, prompts).tolist() == expected
+        expected = [fingerprint(*pair) for pair in zip(images, prompts, strict=True)]
+        assert connect(running.url)(images, prompts).tolist() == expected
         assert connect(running.url)([], []).tolist() == []
         small = list(zip([noise(i) for i in range(100)], itertools.repeat("x"), strict=False))
         assert connect(running.url)(*zip(*small, strict=True)).tolist() == [fingerprint(*pair) for pair in small]
-        with pytest.raises(PrxPostError, match="picture 1 takes .* larger max_request_mib"):
+        with pytest.raises(PrxPostError, match="image 1 takes .* larger max_request_mib"):
             connect(running.url)([noise(0), noise(0, (600, 600))], ["a", "b"])
-        with pytest.raises(PrxPostError, match="got 1 pictures, but must get as many as prompts"):
+        with pytest.raises(PrxPostError, match="got 1 images, but must get as many as prompts"):
             connect(running.url)([noise(0)], [])
 
 
@@ -226,7 +226,7 @@ def test_a_remote_reward_is_a_reward_like_any_other(tmp_path):
     assert len(served.batches) == 2
 
 
-def test_pictures_of_other_modes_are_scored_as_rgb():
+def test_images_of_other_modes_are_scored_as_rgb():
     with serving({"prints": Fingerprints()}) as running:
         image = noise(0).convert("CMYK")
         assert connect(running.url)([image], ["a"]).tolist() == [fingerprint(image.convert("RGB"), "a")]
@@ -236,7 +236,7 @@ def test_pictures_of_other_modes_are_scored_as_rgb():
 def test_a_colour_profile_does_not_travel(monkeypatch):
     image = noise(0)
     image.info["icc_profile"] = bytes(2**20)
-    assert len(client.encode_picture(image)) < 1000
+    assert len(client.encode_image(image)) < 1000
     assert isinstance(image, Image.Image)
 
 

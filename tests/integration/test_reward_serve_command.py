@@ -84,7 +84,7 @@ def error_of(capsys, *args: object) -> str:
         (["--rewards", "ocr", "ocr_exact", "--reward_weights", 1], "reward_weights is [1.0], but must be 2 numbers"),
         (["--rewards", "http://h:1"], "rewards is 'h:1', but must be letters"),
         (["--rewards", "ocr", "--device", "gpu"], "device is 'gpu', which torch does not know"),
-        (["--rewards", "ocr", "--max_pictures", 600], "max_queued_pictures is 512, but must be at least max_pictures"),
+        (["--rewards", "ocr", "--max_images", 600], "max_queued_images is 512, but must be at least max_images"),
         (["--rewards", "ocr", "--batch_size", 0], "batch_size is 0, but must be above 0"),
         (["--rewards", "ocr", "--token_file", "nowhere"], "token_file is 'nowhere', which cannot be read"),
         (["--rewards", "ocr", "--port", 70000], "port is 70000, but must be 0 to 65535"),

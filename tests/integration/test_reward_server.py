@@ -15,8 +15,8 @@ from prx_post.rewards.registry import load
 from prx_post.rewards.reward import WeightedSum
 from prx_post.rewards.service import serving as http_side
 from prx_post.rewards.service.client import connect
-from prx_post.rewards.service.protocol import decode_picture, encode_picture
-from prx_post.tiny.pictures import write_number
+from prx_post.rewards.service.protocol import decode_image, encode_image
+from prx_post.tiny.handwriting import write_number
 from tests.processes import free_port
 from tests.reward_serving import TOKEN, Fingerprints, fingerprint, noise, png, serving
 
@@ -28,7 +28,7 @@ def reward():
 
 @pytest.fixture
 def served(reward):
-    limits = {"max_request_mib": 1, "max_pixels": 10_000, "max_pictures": 8, "max_queued_pictures": 8}
+    limits = {"max_request_mib": 1, "max_pixels": 10_000, "max_images": 8, "max_queued_images": 8}
     with serving({"prints": reward}, **limits) as running:
         yield running
 
@@ -54,22 +54,22 @@ def test_scores_are_exactly_those_in_process():
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 @pytest.mark.parametrize("size", [(12, 9), (1, 1), (7, 1), (1, 7), (300, 200)])
-def test_pictures_arrive_as_they_were_sent(mode, size):
+def test_images_arrive_as_they_were_sent(mode, size):
     image = noise(1, size).convert(mode)
-    arrived = decode_picture(encode_picture(image), 300 * 200)
+    arrived = decode_image(encode_image(image), 300 * 200)
     assert (arrived.mode, arrived.size, arrived.tobytes()) == (mode, size, image.tobytes())
 
 
-def test_pictures_of_concurrent_requests_share_batches(reward):
+def test_images_of_concurrent_requests_share_batches(reward):
     with serving({"prints": reward}, batch_size=4, max_batch_wait_ms=0.0) as running, ThreadPoolExecutor(8) as clients:
         reward.gate.clear()
         first = clients.submit(running.score, ["first"], [noise(0)])
         assert reward.is_inside.wait(60)
-        counts = [1, 2, 1, 3, 1]  # 8 pictures wait while the first is scored
+        counts = [1, 2, 1, 3, 1]  # 8 images wait while the first is scored
         others = []
         for i, count in enumerate(counts):
             others.append(clients.submit(running.score, [f"request {i}"] * count, [noise(i)] * count))
-            running.wait_for_metric("queued_pictures", 1 + sum(counts[: i + 1]))
+            running.wait_for_metric("queued_images", 1 + sum(counts[: i + 1]))
         reward.gate.set()
         assert first.result()[1]["scores"] == [fingerprint(noise(0), "first")]
         for i, (count, other) in enumerate(zip(counts, others, strict=True)):
@@ -77,10 +77,10 @@ def test_pictures_of_concurrent_requests_share_batches(reward):
     assert [len(batch) for batch in reward.batches] == [1, 4, 4]
 
 
-def test_a_picture_waits_for_others_but_not_for_ever(reward):
+def test_a_image_waits_for_others_but_not_for_ever(reward):
     with serving({"prints": reward}, batch_size=2, max_batch_wait_ms=60_000.0) as running, ThreadPoolExecutor(2) as two:
         one = two.submit(running.score, ["a"], [noise(0)])
-        running.wait_for_metric("queued_pictures", 1)
+        running.wait_for_metric("queued_images", 1)
         assert reward.batches == []
         assert running.score(["b"], [noise(1)])[0] == one.result()[0] == 200
         assert reward.batches == [["a", "b"]]
@@ -93,8 +93,8 @@ def test_a_picture_waits_for_others_but_not_for_ever(reward):
     [
         ("crash", 500, "crash", "the reward prints failed: ZeroDivisionError"),
         ("exit", 500, "crash", "the reward prints failed: SystemExit"),
-        ("refused", 422, "unscorable", "this picture is not for me"),
-        ("nan", 422, "unscorable", "gave nan for picture 0 of 1"),
+        ("refused", 422, "unscorable", "this image is not for me"),
+        ("nan", 422, "unscorable", "gave nan for image 0 of 1"),
         ("unscorable", 422, "unscorable", "has nothing to score"),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_poisonous_request_fails_alone(reward, poison, status, kind, message):
         answers = []
         for i, prompt in enumerate(prompts):
             answers.append(clients.submit(running.score, [prompt], [noise(i)]))
-            running.wait_for_metric("queued_pictures", 2 + i)
+            running.wait_for_metric("queued_images", 2 + i)
         reward.gate.set()
         found, failed = answers[1].result()
         assert (found, failed["error"]["kind"]) == (status, kind)
@@ -140,7 +140,7 @@ def bomb(width: int, height: int) -> str:
 
 
 def text_bomb() -> str:
-    """A small picture with a text that unpacks to 64 MiB."""
+    """A small image with a text that unpacks to 64 MiB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -160,17 +160,17 @@ GOOD = png(noise(0))
         ([GOOD, "no base64!"], "images.1: not base64"),
         ([GOOD, "ä"], "images.1: not base64"),
         ([GOOD, GOOD[:-40]], "images.1: image file is truncated"),
-        ([GOOD, base64.b64encode(b"<html>").decode()], "images.1: no picture format"),
-        ([png(noise(0), "JPEG"), GOOD], "images.0: no picture format"),
-        ([png(noise(0), "TIFF"), GOOD], "images.0: no picture format"),
+        ([GOOD, base64.b64encode(b"<html>").decode()], "images.1: no image format"),
+        ([png(noise(0), "JPEG"), GOOD], "images.0: no image format"),
+        ([png(noise(0), "TIFF"), GOOD], "images.0: no image format"),
         ([GOOD, png(noise(0, (101, 100)))], "images.1: 101x100 are more than the 10000 pixels"),
-        ([GOOD, bomb(50_000, 50_000)], "images.1: not a readable picture (DecompressionBombError"),
+        ([GOOD, bomb(50_000, 50_000)], "images.1: not a readable image (DecompressionBombError"),
         ([GOOD, bomb(5_000, 5_000)], "images.1: 5000x5000 are more"),
-        ([GOOD, bomb(90, 0)], "images.1: no picture format"),
-        ([GOOD, text_bomb()], "images.1: not a readable picture (ValueError: Decompressed data too large"),
+        ([GOOD, bomb(90, 0)], "images.1: no image format"),
+        ([GOOD, text_bomb()], "images.1: not a readable image (ValueError: Decompressed data too large"),
     ],
 )
-def test_a_picture_that_cannot_be_used_is_named(served, reward, images, message):
+def test_a_image_that_cannot_be_used_is_named(served, reward, images, message):
     status, answer = served.ask("/v1/score/prints", {"prompts": ["a", "b"], "images": images})
     assert status == 422
     assert answer["error"]["message"].startswith(message)
@@ -272,7 +272,7 @@ def test_every_path_but_health_needs_the_token(reward, monkeypatch):
 
 def test_a_full_queue_sends_clients_away_to_come_again(reward):
     with (
-        serving({"prints": reward}, max_pictures=2, max_queued_pictures=2, max_requests=3) as running,
+        serving({"prints": reward}, max_images=2, max_queued_images=2, max_requests=3) as running,
         ThreadPoolExecutor(4) as clients,
     ):
         reward.gate.clear()
@@ -300,32 +300,32 @@ def test_a_client_that_goes_away_frees_its_places_and_harms_nobody(reward):
         with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as leaving:
             head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             leaving.sendall(b"POST /v1/score/prints HTTP/1.1\r\n" + head.encode() + body)
-            running.wait_for_metric("queued_pictures", 4)
-        running.wait_for_metric("queued_pictures", 1)
+            running.wait_for_metric("queued_images", 4)
+        running.wait_for_metric("queued_images", 1)
         second = clients.submit(running.score, ["b"], [noise(1)])
-        running.wait_for_metric("queued_pictures", 2)
+        running.wait_for_metric("queued_images", 2)
         reward.gate.set()
         assert first.result()[0] == second.result()[0] == 200
     assert reward.batches == [["a"], ["b"]]
 
 
 def test_many_clients_at_once_lose_and_swap_nothing(reward):
-    limits = {"batch_size": 7, "max_batch_wait_ms": 1.0, "max_queued_pictures": 64, "max_pictures": 5}
+    limits = {"batch_size": 7, "max_batch_wait_ms": 1.0, "max_queued_images": 64, "max_images": 5}
 
     def client(number: int) -> None:
         remote = connect(running.url)
-        pictures = [noise(1000 * number + i, (8 + i, 9)) for i in range(40)]
-        prompts = [f"client {number}, picture {i}" for i in range(40)]
+        images = [noise(1000 * number + i, (8 + i, 9)) for i in range(40)]
+        prompts = [f"client {number}, image {i}" for i in range(40)]
         for start, stop in ((0, 1), (1, 12), (12, 40)):
-            scores = remote(pictures[start:stop], prompts[start:stop]).tolist()
-            expected = [fingerprint(i, p) for i, p in zip(pictures[start:stop], prompts[start:stop], strict=True)]
+            scores = remote(images[start:stop], prompts[start:stop]).tolist()
+            expected = [fingerprint(i, p) for i, p in zip(images[start:stop], prompts[start:stop], strict=True)]
             assert scores == expected
 
     with serving({"prints": reward}, **limits) as running, ThreadPoolExecutor(8) as clients:
         list(clients.map(client, range(8)))
-        assert running.metric("pictures_total") == 8 * 40
+        assert running.metric("images_total") == 8 * 40
         assert running.metric("batches_total") == len(reward.batches)
-        assert running.metric("queued_pictures") == 0
+        assert running.metric("queued_images") == 0
     asked = [prompt for batch in reward.batches for prompt in batch]
     assert len(asked) == len(set(asked)) == 8 * 40
     shared = [batch for batch in reward.batches if len({prompt.split(",")[0] for prompt in batch}) > 1]

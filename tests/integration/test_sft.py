@@ -17,7 +17,7 @@ from prx_post.model.checkpoint import PipelineFolder, load
 from prx_post.model.config import ModelConfig
 from prx_post.stages.sft.config import SFTConfig
 from prx_post.stages.sft.objective import FlowMatchingObjective
-from tests.conftest import numbered_pictures
+from tests.conftest import numbered_images
 from tests.running import train_sft as train
 
 STEPS = 4
@@ -55,8 +55,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def test_training_lowers_the_loss_on_its_own_data_and_emits_the_average(picture_folder, warm_cache, tmp_path):
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=40, ema_decay=0.5, timestep_std=0.1))
+def test_training_lowers_the_loss_on_its_own_data_and_emits_the_average(image_folder, warm_cache, tmp_path):
+    train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=40, ema_decay=0.5, timestep_std=0.1))
     curve = losses(tmp_path / "run")
     assert sum(curve[-10:]) < 0.9 * sum(curve[:10])
     card = (tmp_path / "run" / "final" / "README.md").read_text()
@@ -68,13 +68,13 @@ def test_training_lowers_the_loss_on_its_own_data_and_emits_the_average(picture_
     assert all((moved[k] != start[k]).any() for k in moved)
 
 
-def test_what_is_emitted_is_the_average_of_the_weights(picture_folder, warm_cache, tmp_path, monkeypatch):
+def test_what_is_emitted_is_the_average_of_the_weights(image_folder, warm_cache, tmp_path, monkeypatch):
     from prx_post.engine.ema import EMA
 
     kept = []
     original = EMA.update
     monkeypatch.setattr(EMA, "update", lambda self, step: (original(self, step), kept.append(self))[0])
-    train(*settings(picture_folder, warm_cache, tmp_path / "run"))
+    train(*settings(image_folder, warm_cache, tmp_path / "run"))
     emitted = weights(tmp_path / "run" / "final")
     names = [name for name, _ in load("tiny").transformer.named_parameters()]
     ema = kept[-1]
@@ -82,15 +82,15 @@ def test_what_is_emitted_is_the_average_of_the_weights(picture_folder, warm_cach
     assert any(not torch.equal(p, average) for p, average in zip(ema._parameters, ema.averages, strict=True))
 
 
-def test_losses_are_bit_identical_with_the_cache_and_without(picture_folder, warm_cache, tmp_path):
-    train(*settings(picture_folder, warm_cache, tmp_path / "disk", cache="disk"))
-    train(*settings(picture_folder, warm_cache, tmp_path / "none", cache="none"))
+def test_losses_are_bit_identical_with_the_cache_and_without(image_folder, warm_cache, tmp_path):
+    train(*settings(image_folder, warm_cache, tmp_path / "disk", cache="disk"))
+    train(*settings(image_folder, warm_cache, tmp_path / "none", cache="none"))
     assert losses(tmp_path / "disk") == losses(tmp_path / "none")
     first, second = weights(tmp_path / "disk" / "final"), weights(tmp_path / "none" / "final")
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_a_second_run_loads_neither_text_encoder_nor_vae(picture_folder, tmp_path, monkeypatch):
+def test_a_second_run_loads_neither_text_encoder_nor_vae(image_folder, tmp_path, monkeypatch):
     loads = []
     for name in ("load_text_encoder", "load_vae"):
         original = getattr(PipelineFolder, name)
@@ -100,32 +100,32 @@ def test_a_second_run_loads_neither_text_encoder_nor_vae(picture_folder, tmp_pat
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(PipelineFolder, name, counted)
-    train(*settings(picture_folder, tmp_path / "cache", tmp_path / "first"))
+    train(*settings(image_folder, tmp_path / "cache", tmp_path / "first"))
     assert sorted(loads) == ["load_text_encoder", "load_vae"]
     loads.clear()
-    train(*settings(picture_folder, tmp_path / "cache", tmp_path / "second"))
+    train(*settings(image_folder, tmp_path / "cache", tmp_path / "second"))
     assert loads == []
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
 
-def test_the_cache_is_keyed_by_content(picture_folder, tmp_path):
-    """A copy of the data under another name is a hit; another picture, prompt or size is a miss."""
+def test_the_cache_is_keyed_by_content(image_folder, tmp_path):
+    """A copy of the data under another name is a hit; another image, prompt or size is a miss."""
     cache = tmp_path / "cache"
-    train(*settings(picture_folder, cache, tmp_path / "one", max_steps=1))
+    train(*settings(image_folder, cache, tmp_path / "one", max_steps=1))
     shards = set(cache.rglob("*.safetensors"))
-    shutil.copytree(picture_folder, tmp_path / "copy")
+    shutil.copytree(image_folder, tmp_path / "copy")
     train(*settings(tmp_path / "copy", cache, tmp_path / "two", max_steps=1))
     assert set(cache.rglob("*.safetensors")) == shards
     train(*settings(tmp_path / "copy", cache, tmp_path / "three", max_steps=1, height=32, width=72))
     assert {p.parent.parent.name for p in set(cache.rglob("*.safetensors")) - shards} == {"latents"}
 
 
-def test_one_batch_of_sixteen_equals_two_of_eight_accumulated(picture_folder, warm_cache, tmp_path):
+def test_one_batch_of_sixteen_equals_two_of_eight_accumulated(image_folder, warm_cache, tmp_path):
     common = {"max_grad_norm": 0.0, "ema_decay": 0.0}
-    train(*settings(picture_folder, warm_cache, tmp_path / "one", per_device_train_batch_size=16, **common))
+    train(*settings(image_folder, warm_cache, tmp_path / "one", per_device_train_batch_size=16, **common))
     train(
         *settings(
-            picture_folder,
+            image_folder,
             warm_cache,
             tmp_path / "two",
             per_device_train_batch_size=8,
@@ -137,7 +137,7 @@ def test_one_batch_of_sixteen_equals_two_of_eight_accumulated(picture_folder, wa
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
 
 
-def test_the_options_reach_the_objective_and_the_source(picture_folder, warm_cache, tmp_path, monkeypatch):
+def test_the_options_reach_the_objective_and_the_source(image_folder, warm_cache, tmp_path, monkeypatch):
     """What each does is tested on numbers by hand: tests/unit/test_sft_objective.py."""
     from prx_post.stages.sft import stage as sft
 
@@ -155,7 +155,7 @@ def test_the_options_reach_the_objective_and_the_source(picture_folder, warm_cac
     monkeypatch.setattr(sft, "FlowMatchingObjective", objective)
     monkeypatch.setattr(sft.SFT, "latent_source", source)
     changes = {"loss_weighting": "min_snr", "contrastive_weight": 0.05, "immiscible": True, "timestep_shift": 3.0}
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=1, optim="muon", **changes))
+    train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=1, optim="muon", **changes))
     assert seen["objective"] == {"min_snr_gamma": 5.0, "contrastive_weight": 0.05}
     assert seen["source"] == {
         **{"arrange": sft.immiscible, "mean": 0.0, "std": 1.0, "shift": 3.0, "uniform_fraction": 0.1}
@@ -164,7 +164,7 @@ def test_the_options_reach_the_objective_and_the_source(picture_folder, warm_cac
 
 
 def test_bf16_computes_the_blocks_in_bfloat16_and_keeps_the_weights_in_fp32(
-    picture_folder, warm_cache, tmp_path, monkeypatch
+    image_folder, warm_cache, tmp_path, monkeypatch
 ):
     from diffusers import PRXTransformer2DModel
 
@@ -181,20 +181,20 @@ def test_bf16_computes_the_blocks_in_bfloat16_and_keeps_the_weights_in_fp32(
             hook.remove()
 
     monkeypatch.setattr(PRXTransformer2DModel, "forward", spy)
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=1, bf16=True))
+    train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=1, bf16=True))
     assert seen == {(torch.float32, torch.bfloat16)}
 
 
-def test_lora_goes_with_bf16_and_gradient_checkpointing(picture_folder, warm_cache, tmp_path):
+def test_lora_goes_with_bf16_and_gradient_checkpointing(image_folder, warm_cache, tmp_path):
     changes = {"use_peft": True, "lora_r": 4, "bf16": True, "gradient_checkpointing": True, "ema_decay": 0.0}
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", **changes))
+    train(*settings(image_folder, warm_cache, tmp_path / "run", **changes))
     emitted, start = weights(tmp_path / "run" / "final"), load("tiny").transformer.state_dict()
     assert sum(not torch.equal(emitted[k], start[k]) for k in emitted) == 36
     front = yaml.safe_load((tmp_path / "run" / "final-adapter" / "README.md").read_text().split("---")[1])
     assert front["library_name"] == "peft"
 
 
-def test_blocks_are_compiled_when_asked_and_give_the_same_losses(picture_folder, warm_cache, tmp_path, monkeypatch):
+def test_blocks_are_compiled_when_asked_and_give_the_same_losses(image_folder, warm_cache, tmp_path, monkeypatch):
     """With the eager backend: the graph is captured, but nothing is built, which takes a minute on a CPU."""
     compiled = []
     original = torch.nn.Module.compile
@@ -204,25 +204,25 @@ def test_blocks_are_compiled_when_asked_and_give_the_same_losses(picture_folder,
         original(self, *args, backend="eager", **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", torch_compile=True))
+    train(*settings(image_folder, warm_cache, tmp_path / "run", torch_compile=True))
     assert compiled == ["PRXBlock"] * 6
     monkeypatch.undo()
-    train(*settings(picture_folder, warm_cache, tmp_path / "plain"))
+    train(*settings(image_folder, warm_cache, tmp_path / "plain"))
     # prompts are padded further, so softmax sums run over more (masked) terms
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
     assert weights(tmp_path / "run" / "final").keys() == weights(tmp_path / "plain" / "final").keys()
 
 
-def test_gradient_checkpointing_changes_memory_not_numbers(picture_folder, warm_cache, tmp_path):
+def test_gradient_checkpointing_changes_memory_not_numbers(image_folder, warm_cache, tmp_path):
     for name, on in (("off", False), ("on", True)):
-        train(*settings(picture_folder, warm_cache, tmp_path / name, gradient_checkpointing=on))
+        train(*settings(image_folder, warm_cache, tmp_path / name, gradient_checkpointing=on))
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-6)
 
 
-def test_lora_emits_the_merged_pipeline_and_the_adapter(picture_folder, warm_cache, tmp_path):
+def test_lora_emits_the_merged_pipeline_and_the_adapter(image_folder, warm_cache, tmp_path):
     from peft import PeftModel
 
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", use_peft=True, lora_r=4))
+    train(*settings(image_folder, warm_cache, tmp_path / "run", use_peft=True, lora_r=4))
     base_weights = load("tiny").transformer.state_dict()
     merged = weights(tmp_path / "run" / "final")
     assert merged.keys() == base_weights.keys()
@@ -253,7 +253,7 @@ def test_the_velocity_loss_equals_a_calculation_by_hand(base):
     assert t.tolist() == [0.5, 0.25]
 
 
-def test_caption_dropout_trains_on_the_encoded_empty_prompt(picture_folder, warm_cache, tmp_path, base):
+def test_caption_dropout_trains_on_the_encoded_empty_prompt(image_folder, warm_cache, tmp_path, base):
     from prx_post.stages.sft import stage as sft
 
     seen = []
@@ -265,7 +265,7 @@ def test_caption_dropout_trains_on_the_encoded_empty_prompt(picture_folder, warm
 
     original, sft.FlowMatchingObjective = sft.FlowMatchingObjective, Spy
     try:
-        train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=1, caption_dropout=1.0))
+        train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=1, caption_dropout=1.0))
     finally:
         sft.FlowMatchingObjective = original
     from diffusers import PRXPipeline
@@ -277,11 +277,11 @@ def test_caption_dropout_trains_on_the_encoded_empty_prompt(picture_folder, warm
     assert all(torch.equal(row, expected) for row in seen[0])
 
 
-def test_sample_grids_come_at_the_start_on_the_way_and_at_the_end(picture_folder, warm_cache, tmp_path):
+def test_sample_grids_come_at_the_start_on_the_way_and_at_the_end(image_folder, warm_cache, tmp_path):
     from PIL import Image
 
     changes = {"sample_steps": 2, "sample_prompts": ["472", "81", "306"], "sample_seeds": [0, 1]}
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", max_steps=3, report_to=["tensorboard"], **changes))
+    train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=3, report_to=["tensorboard"], **changes))
     grids = sorted((tmp_path / "run" / "samples").glob("*.png"))
     assert [g.name for g in grids] == ["grid-000000.png", "grid-000002.png", "grid-000003.png"]
     with Image.open(grids[1]) as sheet:
@@ -292,7 +292,7 @@ def test_sample_grids_come_at_the_start_on_the_way_and_at_the_end(picture_folder
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
 
 
-def test_torch_compile_pads_prompts_to_one_length(picture_folder, warm_cache, tmp_path):
+def test_torch_compile_pads_prompts_to_one_length(image_folder, warm_cache, tmp_path):
     """Compilation itself takes a minute on a CPU and is left to GPUs; its batches must have one shape."""
 
     from types import SimpleNamespace
@@ -301,7 +301,7 @@ def test_torch_compile_pads_prompts_to_one_length(picture_folder, warm_cache, tm
     from prx_post.stages.base import Encoded
     from prx_post.stages.sft.stage import SFT
 
-    stage = SFT(*settings(picture_folder, warm_cache, tmp_path / "run", torch_compile=True))
+    stage = SFT(*settings(image_folder, warm_cache, tmp_path / "run", torch_compile=True))
     encoders = Encoders(stage.pipeline, stage.cleaner, torch.device("cpu"), torch.float32)
     data = Encoded([Sample(0, "1", (32, 64), "a", "b")], None, None, encoders, str, "")
     run = SimpleNamespace(global_batch_size=8, ranks=ALONE)
@@ -309,7 +309,7 @@ def test_torch_compile_pads_prompts_to_one_length(picture_folder, warm_cache, tm
 
 
 def test_aspect_buckets_are_the_pipelines_own(base, tmp_path, warm_cache):
-    """With default_sample_size 256 and no fixed size, pictures go where PRXPipeline's binning would put them."""
+    """With default_sample_size 256 and no fixed size, images go where PRXPipeline's binning would put them."""
     from diffusers.image_processor import PixArtImageProcessor
     from diffusers.pipelines.prx.pipeline_prx import ASPECT_RATIO_BINS
 
@@ -336,15 +336,15 @@ def test_several_buckets_train_in_one_run(base, tmp_path, warm_cache):
     shutil.copytree(base, folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "default_sample_size": 256}))
-    pictures = numbered_pictures(list(range(20, 24)))
-    for picture, size in zip(pictures, [(64, 64), (64, 64), (30, 64), (64, 30)], strict=True):
-        object.__setattr__(picture, "image", picture.image.resize(size))
-    write_folder(pictures, tmp_path / "pictures")
+    images = numbered_images(list(range(20, 24)))
+    for image, size in zip(images, [(64, 64), (64, 64), (30, 64), (64, 30)], strict=True):
+        object.__setattr__(image, "image", image.image.resize(size))
+    write_folder(images, tmp_path / "images")
     changes = {"model_name_or_path": str(folder), "height": None, "width": None, "per_device_train_batch_size": 2}
-    train(*settings(tmp_path / "pictures", warm_cache, tmp_path / "run", max_steps=6, **changes))
+    train(*settings(tmp_path / "images", warm_cache, tmp_path / "run", max_steps=6, **changes))
     assert len(losses(tmp_path / "run")) == 6
 
 
-def test_a_dc_ae_checkpoint_is_fine_tuned_by_the_same_code(dc_ae_pipeline, picture_folder, warm_cache, tmp_path):
-    train(*settings(picture_folder, warm_cache, tmp_path / "run", model_name_or_path=str(dc_ae_pipeline)))
+def test_a_dc_ae_checkpoint_is_fine_tuned_by_the_same_code(dc_ae_pipeline, image_folder, warm_cache, tmp_path):
+    train(*settings(image_folder, warm_cache, tmp_path / "run", model_name_or_path=str(dc_ae_pipeline)))
     assert load(str(tmp_path / "run" / "final")).pipeline.variant == "dc-ae"

@@ -41,9 +41,9 @@ def encoded(cache: Path) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
-def test_a_signal_during_encoding_keeps_what_was_encoded_and_asks_to_be_run_again(number, picture_folder, tmp_path):
+def test_a_signal_during_encoding_keeps_what_was_encoded_and_asks_to_be_run_again(number, image_folder, tmp_path):
     cache = tmp_path / "cache"
-    call = sft_arguments(picture_folder, cache, tmp_path / "run", max_steps=1)
+    call = sft_arguments(image_folder, cache, tmp_path / "run", max_steps=1)
     child = Child(call, tmp_path / "log", slow_encoding)
     try:
         wait_until(lambda: encoding_images(cache))
@@ -62,9 +62,9 @@ def test_a_signal_during_encoding_keeps_what_was_encoded_and_asks_to_be_run_agai
     assert before < 48
 
 
-def test_a_signal_to_both_ranks_during_encoding_ends_both(picture_folder, tmp_path):
+def test_a_signal_to_both_ranks_during_encoding_ends_both(image_folder, tmp_path):
     cache = tmp_path / "cache"
-    ranks = Processes(2, sft_arguments(picture_folder, cache, tmp_path / "run", max_steps=1), slow_encoding)
+    ranks = Processes(2, sft_arguments(image_folder, cache, tmp_path / "run", max_steps=1), slow_encoding)
     wait_until(lambda: encoding_images(cache))
     time.sleep(0.5)
     for rank in ranks.ranks:

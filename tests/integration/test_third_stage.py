@@ -21,9 +21,9 @@ def registered(monkeypatch):
     third_stage.register()
 
 
-def arguments(pictures, cache, output_dir, **changes) -> list[str]:
+def arguments(images, cache, output_dir, **changes) -> list[str]:
     values = {
-        **{"model_name_or_path": "tiny", "dataset_name": pictures, "height": 32, "width": 64, "cache_dir": cache},
+        **{"model_name_or_path": "tiny", "dataset_name": images, "height": 32, "width": 64, "cache_dir": cache},
         **{"output_dir": output_dir, "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
         **{"logging_steps": 1, "save_steps": 2, "sample_steps": 0, "report_to": "none", "num_inference_steps": 2},
         **changes,
@@ -36,8 +36,8 @@ def test_it_takes_fewer_than_sixty_lines():
     assert len([line for line in code if line.strip()]) < 60
 
 
-def test_it_trains_emits_and_resumes_to_the_bit(picture_folder, warm_cache, tmp_path):
-    assert main(arguments(picture_folder, warm_cache, tmp_path / "whole", max_steps=30)) == 0
+def test_it_trains_emits_and_resumes_to_the_bit(image_folder, warm_cache, tmp_path):
+    assert main(arguments(image_folder, warm_cache, tmp_path / "whole", max_steps=30)) == 0
     losses = [line["loss"] for line in numbers(tmp_path / "whole")]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     card = (tmp_path / "whole" / "final" / "README.md").read_text()
@@ -48,13 +48,13 @@ def test_it_trains_emits_and_resumes_to_the_bit(picture_folder, warm_cache, tmp_
     shutil.copytree(tmp_path / "whole" / "checkpoint-000028", broken / "checkpoint-000028")
     for name in ("metrics.jsonl", "samples.jsonl"):
         shutil.copy(tmp_path / "whole" / name, broken / name)
-    again = arguments(picture_folder, warm_cache, broken, max_steps=30, resume_from_checkpoint="latest")
+    again = arguments(image_folder, warm_cache, broken, max_steps=30, resume_from_checkpoint="latest")
     assert main(again) == 0
     assert differences(broken, tmp_path / "whole") == []
 
 
-def test_its_settings_are_checked_shown_and_kept_on_resuming(picture_folder, warm_cache, tmp_path, capsys):
-    call = arguments(picture_folder, warm_cache, tmp_path / "run", max_steps=2)
+def test_its_settings_are_checked_shown_and_kept_on_resuming(image_folder, warm_cache, tmp_path, capsys):
+    call = arguments(image_folder, warm_cache, tmp_path / "run", max_steps=2)
     assert main([*call, "--noise_level", "1.5"]) == 2
     assert "noise_level is 1.5, but must be between 0 and 1" in capsys.readouterr().err
     assert main(["--help"]) == 0
@@ -77,7 +77,7 @@ def test_it_is_planned(capsys):
     assert "noise_level: 0.3" in printed
 
 
-def test_from_the_command_to_the_loss_are_at_most_six_frames(picture_folder, warm_cache, tmp_path, monkeypatch):
+def test_from_the_command_to_the_loss_are_at_most_six_frames(image_folder, warm_cache, tmp_path, monkeypatch):
     """Of ours: torch's and accelerate's own lie between them."""
     frames = []
     forward = third_stage.DenoiseObjective.forward
@@ -88,13 +88,13 @@ def test_from_the_command_to_the_loss_are_at_most_six_frames(picture_folder, war
         return forward(self, batch)
 
     monkeypatch.setattr(third_stage.DenoiseObjective, "forward", spy)
-    assert main(arguments(picture_folder, warm_cache, tmp_path / "run", max_steps=1)) == 0
+    assert main(arguments(image_folder, warm_cache, tmp_path / "run", max_steps=1)) == 0
     assert frames == [["main", "run", "fit", "_train_step", "forward"]]
 
 
-def test_two_processes_compute_what_one_does(picture_folder, warm_cache, tmp_path):
+def test_two_processes_compute_what_one_does(image_folder, warm_cache, tmp_path):
     for count in (1, 2):
-        call = arguments(picture_folder, warm_cache, tmp_path / str(count), per_device_train_batch_size=4 // count)
+        call = arguments(image_folder, warm_cache, tmp_path / str(count), per_device_train_batch_size=4 // count)
         run(count, call, prepare=third_stage.register)
     ours, theirs = ([line["loss"] for line in numbers(tmp_path / name)] for name in ("2", "1"))
     assert ours == pytest.approx(theirs, rel=1e-5)

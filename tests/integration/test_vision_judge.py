@@ -37,7 +37,7 @@ def make(server, tmp_path, monkeypatch):
     return make_judge
 
 
-def test_pictures_are_shown_in_both_orders_and_the_answers_averaged(server, make):
+def test_images_are_shown_in_both_orders_and_the_answers_averaged(server, make):
     judge = make(judge_prompt_price=2.0, judge_completion_price=10.0)
     wins = judge(["a cube"] * 3, flat(9, 1, 5), flat(3, 7, 5))
     assert wins.tolist() == [1.0, 0.0, 0.5]
@@ -285,7 +285,7 @@ def test_a_second_run_asks_nothing_and_counts_alike(server, make):
     assert again.counts.first_place_wins == judge.counts.first_place_wins == 6
 
 
-def test_the_cache_is_of_the_pictures_the_prompt_the_model_the_template_and_the_settings(server, make, tmp_path):
+def test_the_cache_is_of_the_images_the_prompt_the_model_the_template_and_the_settings(server, make, tmp_path):
     (tmp_path / "template.txt").write_text("{prompt}?")
     judge = make()
     judge(["x"], flat(1), flat(2))

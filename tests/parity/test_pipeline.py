@@ -48,12 +48,12 @@ def test_our_euler_sampler_equals_the_pipeline(pipe, base, guidance, steps):
     assert theirs.std() > 0.3
 
 
-def test_guidance_changes_the_picture(pipe):
+def test_guidance_changes_the_image(pipe):
     plain, guided = (pipeline_latents(pipe, "472", 0, 4, g) for g in (1.0, 3.0))
     assert (plain - guided).abs().max() > 0.1
 
 
-def test_a_batch_of_ours_equals_single_pictures_of_the_pipeline(pipe, base):
+def test_a_batch_of_ours_equals_single_images_of_the_pipeline(pipe, base):
     checkpoint = load(str(base))
     encoders = Encoders(checkpoint.pipeline, PromptCleaner(), CPU, torch.float32)
     sampler = build_sampler(checkpoint, SIZE, 8, 3.0, CPU)

@@ -100,7 +100,7 @@ def test_hpsv2_is_the_packages_score(byte_pairs, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).symlink_to(byte_pairs / name)
 
-    # The package fails on a picture whose longer side is the model's and whose other is not: it forgets to pad it.
+    # The package fails on an image whose longer side is the model's and whose other is not: it forgets to pad it.
     images = [image for image in sample_images() if max(image.size) != 28 or image.size == (28, 28)]
     prompts = PROMPTS[: len(images)]
     transform = image_transform(28, is_train=False, resize_longest_max=True)

@@ -120,7 +120,7 @@ def test_there_are_charts_only_of_different_network_evaluations():
     assert quality_charts({"checkpoints": checkpoints}) == ([], [])
 
 
-def test_distances_to_real_pictures_say_that_lower_is_better():
+def test_distances_to_real_images_say_that_lower_is_better():
     metrics = {"fid": Estimate(20.0), "diversity": Estimate(0.3)}
     rewards = {"fid": Estimate(1.0)}  # a reward may be called so
     checkpoints = {f"a-{n}": checkpoint("a", n, rewards=rewards, metrics=metrics) for n in (1, 2)}

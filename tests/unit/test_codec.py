@@ -9,7 +9,7 @@ from prx_post.model.checkpoint import inspect
 from prx_post.model.codec import LatentCodec, to_images, to_pixels
 
 
-def test_pixels_of_a_picture_of_the_right_size_are_its_values_scaled():
+def test_pixels_of_a_image_of_the_right_size_are_its_values_scaled():
     image = Image.fromarray(np.array([[[0, 127, 255]]], np.uint8))
     assert to_pixels(image, 1, 1).flatten().tolist() == pytest.approx([-1.0, 127 / 127.5 - 1, 1.0])
 
@@ -59,12 +59,12 @@ def test_both_variants_encode_to_the_shape_that_the_pipeline_denoises(base, dc_a
 
 def test_the_embedded_vae_keeps_real_handwriting_legible(base):
     from prx_post.rewards import registry as rewards
-    from tests.conftest import numbered_pictures
+    from tests.conftest import numbered_images
 
-    pictures = numbered_pictures(list(range(200, 248)), seed=4)
+    images = numbered_images(list(range(200, 248)), seed=4)
     codec = LatentCodec(inspect(base).load_vae())
-    pixels = torch.stack([to_pixels(p.image, 32, 64) for p in pictures])
+    pixels = torch.stack([to_pixels(p.image, 32, 64) for p in images])
     decoded = to_images(codec.decode(codec.encode(pixels)))
-    prompts = [p.prompt for p in pictures]
+    prompts = [p.prompt for p in images]
     score = rewards.load("judge_exact")
-    assert score(decoded, prompts).mean() >= score([p.image for p in pictures], prompts).mean() - 0.03
+    assert score(decoded, prompts).mean() >= score([p.image for p in images], prompts).mean() - 0.03

@@ -37,7 +37,7 @@ def failure(fetcher, url) -> FetchError:
 
 
 @pytest.mark.parametrize(("kind", "extension"), [("JPEG", ".jpg"), ("PNG", ".png"), ("WEBP", ".webp"), ("GIF", ".gif")])
-def test_a_picture_arrives_byte_for_byte(server, fetcher, kind, extension):
+def test_a_image_arrives_byte_for_byte(server, fetcher, kind, extension):
     data = encoded_image(kind)
     server.handlers["/a"] = sends(response(data, Content_Type="text/plain"))  # what it is called does not count
     got = fetcher.fetch(server.url("/a"))
@@ -105,8 +105,8 @@ def test_an_address_that_is_not_public_is_never_connected_to(address, monkeypatc
     monkeypatch.setattr(socket, "create_connection", connect)
     for addresses in ([address], ["93.184.215.14", address]):
         fetcher = Fetcher(QUICK, resolver=lambda host, port, found=addresses: found)
-        error = failure(fetcher, "http://pictures.example/a.jpg")
-        assert error.reason == f"refused: pictures.example is at {address}, which is not public"
+        error = failure(fetcher, "http://images.example/a.jpg")
+        assert error.reason == f"refused: images.example is at {address}, which is not public"
         assert error.permanent
 
 
@@ -163,8 +163,8 @@ def test_the_certificate_is_checked_against_the_name_and_not_the_address(monkeyp
         raise error
 
     monkeypatch.setattr(ssl.SSLContext, "wrap_socket", wrap_socket)
-    error = failure(Fetcher(QUICK, resolver=lambda *_: ["93.184.215.14"]), "https://pictures.example/a.jpg")
-    assert names == [("pictures.example", True, ssl.CERT_REQUIRED)]
+    error = failure(Fetcher(QUICK, resolver=lambda *_: ["93.184.215.14"]), "https://images.example/a.jpg")
+    assert names == [("images.example", True, ssl.CERT_REQUIRED)]
     assert error.reason == "the certificate is not valid: self-signed certificate"
     assert error.permanent
 
@@ -223,7 +223,7 @@ def test_a_body_shorter_than_announced_is_a_lost_connection(server, fetcher):
 def test_a_body_longer_than_announced_is_cut_and_found_broken(server, fetcher):
     server.handlers["/a"] = sends(response(encoded_image(), length=500))
     error = failure(fetcher, server.url("/a"))
-    assert error.reason == "no usable picture: Truncated File Read"
+    assert error.reason == "no usable image: Truncated File Read"
     assert error.permanent
 
 
@@ -333,20 +333,20 @@ def png_bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b"<html><body>Sorry, this picture was removed.</body></html>", "no picture format that Pillow knows"),
-        (b"", "no picture format that Pillow knows"),
+        (b"<html><body>Sorry, this image was removed.</body></html>", "no image format that Pillow knows"),
+        (b"", "no image format that Pillow knows"),
         (encoded_image()[:700], "image file is truncated"),
-        (encoded_image("BMP"), "no picture format that Pillow knows"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture format that Pillow knows"),
+        (encoded_image("BMP"), "no image format that Pillow knows"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image format that Pillow knows"),
         (png_bomb(101, 100), "10100 pixels, more than 10000"),
         (png_bomb(60_000, 60_000), "DecompressionBombError"),
     ],
     ids=["html", "empty", "truncated", "bmp", "postscript", "too many pixels", "bomb"],
 )
-def test_what_does_not_decode_as_a_picture_is_refused(server, fetcher, body, reason):
+def test_what_does_not_decode_as_a_image_is_refused(server, fetcher, body, reason):
     server.handlers["/a"] = sends(response(body, Content_Type="image/jpeg"))
     error = failure(fetcher, server.url("/a"))
-    assert error.reason.startswith("no usable picture: ")
+    assert error.reason.startswith("no usable image: ")
     assert reason in error.reason
     assert error.permanent
     assert "0x" not in error.reason  # no address in memory

@@ -14,7 +14,7 @@ from prx_post.evaluation.features import MetricSpec, encode, open_encoder
 CPU = torch.device("cpu")
 
 
-def pictures(count, seed=0):
+def images(count, seed=0):
     rng = np.random.default_rng(seed)
     sizes = [(40 + 8 * i, 64) for i in range(count)]
     return [Image.fromarray(rng.integers(0, 256, size=(*size, 3), dtype=np.uint8)) for size in sizes]
@@ -45,12 +45,12 @@ def dino_folder(tmp_path_factory):
 def test_clip_features_are_the_normalised_image_embeddings_of_the_full_model(clip_folder):
     model = transformers.CLIPModel.from_pretrained(clip_folder).eval()
     processor = transformers.CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False)
-    pixels = processor(pictures(5), return_tensors="pt")["pixel_values"]
+    pixels = processor(images(5), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = model.get_image_features(pixels)
     expected = getattr(expected, "pooler_output", expected)
     expected = expected / expected.norm(dim=-1, keepdim=True)
-    found = open_encoder(str(clip_folder), CPU, "float32", 2)(pictures(5))
+    found = open_encoder(str(clip_folder), CPU, "float32", 2)(images(5))
     assert found.shape == (5, 24)
     assert np.abs(found - expected.numpy()).max() < 2e-6
 
@@ -63,18 +63,18 @@ def test_dino_features_are_the_normalised_class_token(dino_folder):
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
     )
-    pixels = processor(pictures(3), return_tensors="pt")["pixel_values"]
+    pixels = processor(images(3), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = model(pixels).pooler_output  # the class token after the last norm
     expected = expected / expected.norm(dim=-1, keepdim=True)
-    found = open_encoder(str(dino_folder), CPU, "float32", 16)(pictures(3))
+    found = open_encoder(str(dino_folder), CPU, "float32", 16)(images(3))
     assert np.abs(found - expected.numpy()).max() < 2e-6
 
 
 def test_features_do_not_depend_on_the_batch(clip_folder):
     one, many = (open_encoder(str(clip_folder), CPU, "float32", size) for size in (1, 8))
-    assert np.abs(one(pictures(5)) - many(pictures(5))).max() < 1e-6
-    assert np.abs(encode(many, iter(pictures(5)), chunk=2) - many(pictures(5))).max() < 1e-6
+    assert np.abs(one(images(5)) - many(images(5))).max() < 1e-6
+    assert np.abs(encode(many, iter(images(5)), chunk=2) - many(images(5))).max() < 1e-6
 
 
 def test_an_encoder_that_is_missing_or_of_another_kind_is_named(tmp_path, clip_folder):
@@ -105,7 +105,7 @@ def test_inception_weights_that_are_missing_or_others_are_named(tmp_path, monkey
     path.parent.mkdir(parents=True)
     torch.save({}, path)
     with pytest.raises(PrxPostError, match="is not the published file"):
-        open_encoder("inception", CPU, "float32", 1)(pictures(1))
+        open_encoder("inception", CPU, "float32", 1)(images(1))
 
 
 def test_without_torchvision_inception_is_a_clear_error():
@@ -125,4 +125,4 @@ def test_weights_that_do_not_fit_their_configuration_are_refused(tmp_path, dino_
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(PrxPostError, match="no weights that fit"):
-        open_encoder(str(folder), CPU, "float32", 1)(pictures(1))
+        open_encoder(str(folder), CPU, "float32", 1)(images(1))

@@ -41,21 +41,21 @@ def test_an_index_json_of_something_else_does_not_make_an_image_folder_mds(tmp_p
 
 
 @pytest.mark.parametrize("split", ["", "train"])
-def test_encoded_pictures_keep_their_bytes_over_several_shards(tmp_path, split):
-    pictures = [encoded_image("PNG", seed=i) for i in range(5)]
+def test_encoded_images_keep_their_bytes_over_several_shards(tmp_path, split):
+    images = [encoded_image("PNG", seed=i) for i in range(5)]
     columns = {"prompt": "str", "image": "bytes", "score": "float32"}
-    samples = [{"prompt": f"é {i}", "image": data, "score": 0.5} for i, data in enumerate(pictures)]
+    samples = [{"prompt": f"é {i}", "image": data, "score": 0.5} for i, data in enumerate(images)]
     write(tmp_path / "set" / split, columns, samples, size_limit=10_000)
     assert len(list((tmp_path / "set" / split).glob("*.mds"))) > 1
     rows = rows_of(tmp_path / "set")
     assert len(rows) == 5
     assert rows.prompts == [f"é {i}" for i in range(5)]
-    assert [rows.image_bytes(i) for i in range(5)] == pictures
+    assert [rows.image_bytes(i) for i in range(5)] == images
     assert rows.name(4).startswith("shard.0000")
 
 
 @pytest.mark.parametrize("encoding", ["jpeg", "png", "pil"])
-def test_pictures_of_every_encoding_show_what_was_written(tmp_path, encoding):
+def test_images_of_every_encoding_show_what_was_written(tmp_path, encoding):
     image = Image.open(io.BytesIO(encoded_image("PNG")))
     write(tmp_path / "set", {"image": encoding, "prompt": "str"}, [{"image": image.copy(), "prompt": "one"}])
     shown = decode(rows_of(tmp_path / "set").image_bytes(0))

@@ -22,7 +22,7 @@ def test_frechet_distance_of_rotated_gaussians_equals_the_closed_form():
     assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_frechet_interval_contains_the_value_and_shrinks_with_more_pictures():
+def test_frechet_interval_contains_the_value_and_shrinks_with_more_images():
     rng = np.random.default_rng(0)
     reference = rng.normal(size=(1000, 4))
     few, many = (frechet_estimate(rng.normal(0.5, 1, size=(n, 4)), reference) for n in (100, 4000))
@@ -146,7 +146,7 @@ def test_mmd_of_two_opposite_points_by_hand():
 
 
 def test_diversity_is_the_mean_cosine_distance_within_a_prompt():
-    # prompt a: 0° and 90° (distance 1); b: 0°, 180°, 0° (pairs 2, 0, 2: mean 4/3); c has one picture
+    # prompt a: 0° and 90° (distance 1); b: 0°, 180°, 0° (pairs 2, 0, 2: mean 4/3); c has one image
     features = np.array([[1, 0], [0, 2], [1, 0], [-3, 0], [1, 0], [0, 1]], float)
     assert diversity(features, ["a", "a", "b", "b", "b", "c"]).value == pytest.approx((1 + 4 / 3) / 2)
     assert diversity(np.ones((6, 2)), ["a", "a", "b", "b", "b", "c"]).value == pytest.approx(0.0, abs=1e-12)

@@ -15,7 +15,7 @@ def flat(*reds):
 
 
 class Redness:
-    """The red of a picture, or twice that for the prompt `twice`; counts the pictures it was asked for."""
+    """The red of an image, or twice that for the prompt `twice`; counts the images it was asked for."""
 
     identity = "redness"
 
@@ -50,11 +50,11 @@ def test_temperature_zero_compares_and_a_negative_one_is_refused():
         PointwiseJudge(Redness(), temperature=-1)
 
 
-def test_a_pointwise_judge_scores_each_picture_of_a_prompt_once():
+def test_a_pointwise_judge_scores_each_image_of_a_prompt_once():
     reward = Redness()
     images = flat(1, 2, 3)
     compare_groups(PointwiseJudge(reward), ["x", "y"], [images, images])
-    assert reward.asked == 6  # 3 pictures for each of 2 prompts, though each stands in two comparisons
+    assert reward.asked == 6  # 3 images for each of 2 prompts, though each stands in two comparisons
     wins = PointwiseJudge(reward, 0.0)(["x", "twice"], [images[2], images[1]], [images[1], images[2]])
     assert wins.tolist() == [1.0, 0.0]
 
@@ -67,8 +67,8 @@ def test_a_pointwise_judge_knows_what_its_reward_cannot_score():
         judge.check(["blue"])
 
 
-def test_unequal_numbers_of_pictures_are_an_error_and_none_are_none():
-    with pytest.raises(PrxPostError, match="got 2 first and 1 second pictures"):
+def test_unequal_numbers_of_images_are_an_error_and_none_are_none():
+    with pytest.raises(PrxPostError, match="got 2 first and 1 second images"):
         PointwiseJudge(Redness())(["x"] * 2, flat(1, 2), flat(1))
     assert PointwiseJudge(Redness())([], [], []).shape == (0,)
 

@@ -192,18 +192,18 @@ def test_an_accelerate_config_that_cannot_be_followed_is_refused(name):
         planner("--accelerate_config", name)
 
 
-def test_the_cache_of_a_local_data_set_is_what_encoding_makes(picture_folder):
-    planned = planner("--dataset_name", picture_folder)
+def test_the_cache_of_a_local_data_set_is_what_encoding_makes(image_folder):
+    planned = planner("--dataset_name", image_folder)
     found = planned.stage.cache_size()
     encoders = Encoders(planned.stage.pipeline, PromptCleaner(), torch.device("cpu"), torch.float32)
     embeddings = sum(encoders.prompts(prompt).nbytes for prompt in set(read_rows(planned.stage.data_config).prompts))
-    # 48 pictures of 32×64: 4 channels of 8×16, fp32
+    # 48 images of 32×64: 4 channels of 8×16, fp32
     assert found == CacheSize(rows=48, looked_at=48, latents=48 * 4 * 8 * 16 * 4, embeddings=embeddings)
 
 
-def test_of_a_long_data_set_some_rows_are_looked_at(picture_folder, monkeypatch):
+def test_of_a_long_data_set_some_rows_are_looked_at(image_folder, monkeypatch):
     monkeypatch.setattr("prx_post.data.sizes.LOOKED_AT", 12)
-    planned = planner("--dataset_name", picture_folder)
+    planned = planner("--dataset_name", image_folder)
     found = planned.stage.cache_size()
     assert (found.rows, found.looked_at, found.latents) == (48, 12, 48 * 4 * 8 * 16 * 4)
 

@@ -20,7 +20,7 @@ def png(size=(8, 6)) -> bytes:
 
 
 def folder_of(tmp_path, rows):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     with (folder / "metadata.jsonl").open("w") as file:
         for name, prompt in rows:
@@ -38,10 +38,10 @@ def test_an_image_folder_gives_bytes_and_prompts(tmp_path):
 
 
 def test_parquet_gives_the_same_from_a_file_and_from_its_folder(tmp_path):
-    from prx_post.tiny.datasets import CaptionedPicture, write_parquet
+    from prx_post.tiny.datasets import CaptionedImage, write_parquet
 
     path = tmp_path / "parquet" / "part.parquet"
-    write_parquet(iter([CaptionedPicture(Image.new("RGB", (8, 6)), 1, "one")]), path)
+    write_parquet(iter([CaptionedImage(Image.new("RGB", (8, 6)), 1, "one")]), path)
     for name in (path, path.parent):
         rows = read_rows(DataConfig(dataset_name=str(name)))
         assert rows.prompts == ["one"]
@@ -54,10 +54,10 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
         read_rows(DataConfig(dataset_name=str(folder), prompt_column="caption"))
 
 
-def test_a_column_that_holds_no_pictures_is_refused(tmp_path):
+def test_a_column_that_holds_no_images_is_refused(tmp_path):
     path = tmp_path / "numbers.parquet"
     pq.write_table(pa.table({"image": [1, 2], "prompt": ["one", "two"]}), path)
-    with pytest.raises(DataError, match="image_column is 'image', which does not hold pictures"):
+    with pytest.raises(DataError, match="image_column is 'image', which does not hold images"):
         read_rows(DataConfig(dataset_name=str(path)))
 
 
@@ -79,18 +79,18 @@ def test_a_file_that_is_no_parquet_and_an_empty_folder_are_refused(tmp_path):
 
 
 def test_an_empty_parquet_is_refused(tmp_path):
-    picture = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    schema = pa.schema({"image": picture, "prompt": pa.string()})
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    schema = pa.schema({"image": image, "prompt": pa.string()})
     pq.write_table(pa.table({"image": [], "prompt": []}, schema=schema), tmp_path / "none.parquet")
     with pytest.raises(DataError, match="no rows"):
         read_rows(DataConfig(dataset_name=str(tmp_path / "none.parquet")))
 
 
 def test_a_parquet_folder_gives_the_split_asked_for_and_no_other(tmp_path):
-    from prx_post.tiny.datasets import CaptionedPicture, write_parquet
+    from prx_post.tiny.datasets import CaptionedImage, write_parquet
 
     for split in ("train", "test"):
-        rows = [CaptionedPicture(Image.new("RGB", (8, 6)), 1, split)]
+        rows = [CaptionedImage(Image.new("RGB", (8, 6)), 1, split)]
         write_parquet(iter(rows), tmp_path / "sets" / f"{split}-00000-of-00001.parquet")
     for split in ("train", "test"):
         assert read_rows(DataConfig(dataset_name=str(tmp_path / "sets"), dataset_split=split)).prompts == [split]
@@ -115,8 +115,8 @@ def test_an_image_folder_without_metadata_says_how_to_write_one(tmp_path):
 
 
 def test_bytes_of_no_known_format_are_called_that():
-    with pytest.raises(OSError, match=r"^no picture format that Pillow knows$"):
-        image_size(b"no picture")
+    with pytest.raises(OSError, match=r"^no image format that Pillow knows$"):
+        image_size(b"no image")
 
 
 def test_prompts_that_are_no_text_are_refused(tmp_path):
@@ -125,7 +125,7 @@ def test_prompts_that_are_no_text_are_refused(tmp_path):
         read_rows(DataConfig(dataset_name=str(folder)))
 
 
-def test_pictures_are_turned_as_their_exif_says():
+def test_images_are_turned_as_their_exif_says():
     image = Image.new("RGB", (4, 2), "white")
     image.putpixel((0, 0), (0, 0, 0))
     exif = Image.Exif()
@@ -149,18 +149,18 @@ def test_transparent_parts_are_white_and_sixteen_bits_are_scaled():
     assert [decode(encoded(grey)).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", png()[:40]])
-def test_bytes_that_are_no_whole_picture_raise_oserror(data):
+@pytest.mark.parametrize("data", [b"", b"no image", png()[:40]])
+def test_bytes_that_are_no_whole_image_raise_oserror(data):
     with pytest.raises(OSError):  # noqa: PT011
         decode(data)
 
 
 def test_bad_rows_are_written_down_and_stop_the_run_only_above_their_allowed_share(tmp_path, capsys):
     path = tmp_path / "bad_rows.jsonl"
-    bad = [BadRow(3, "c.png", "not a readable picture")]
+    bad = [BadRow(3, "c.png", "not a readable image")]
     report_bad_rows(bad, total=100, max_bad_fraction=0.01, path=path)
     assert f"1 of 100 rows left out, listed in {path}" in capsys.readouterr().out
-    assert json.loads(path.read_text()) == {"row": 3, "name": "c.png", "reason": "not a readable picture"}
+    assert json.loads(path.read_text()) == {"row": 3, "name": "c.png", "reason": "not a readable image"}
     with pytest.raises(DataError, match=r"1 of 99 rows .* max_bad_fraction is 0\.01.* c\.png: not a readable"):
         report_bad_rows(bad, total=99, max_bad_fraction=0.01, path=path)
     with pytest.raises(DataError, match="1 of 1 rows"):

@@ -21,16 +21,16 @@ from prx_post.recipes.commands import KINDS, find_recipe, known_recipes, run
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {
-    "image-folder": ["--image_dir", "pictures"],
+    "image-folder": ["--image_dir", "images"],
     "prompts": ["--source", "p.txt", "--output_file", "p.jsonl"],
 }
 """What a recipe cannot know."""
 
 
 def test_every_folder_with_a_recipe_is_found():
-    pictures = {"alchemist", "pick-a-pic", "hpd-v2", "image-folder"}
+    images = {"alchemist", "pick-a-pic", "hpd-v2", "image-folder"}
     prompts = {"prompts", "hpsv2-benchmark", "parti-prompts", "drawbench", "geneval-style", "multilingual"}
-    assert set(known_recipes()) == pictures | prompts
+    assert set(known_recipes()) == images | prompts
 
 
 @pytest.mark.parametrize("name", sorted(known_recipes()))

@@ -11,7 +11,7 @@ from prx_post.rewards import registry, reward
 from prx_post.rewards.cache import CachedReward, ScoreCache
 from prx_post.rewards.scorers.ctc import LOG_FLOOR, greedy_text, log_prob, similarity
 from prx_post.rewards.scorers.ocr import wanted_text
-from prx_post.tiny.pictures import write_number
+from prx_post.tiny.handwriting import write_number
 
 
 def test_greedy_reading_merges_repeats_and_keeps_those_with_a_blank_between():
@@ -96,13 +96,13 @@ def test_a_score_does_not_depend_on_the_other_prompts_of_the_call(real_handwriti
         assert torch.allclose(alone, among[:2], atol=1e-5)
 
 
-def test_a_text_too_long_for_the_picture_scores_the_floor_not_minus_infinity(real_handwriting):
+def test_a_text_too_long_for_the_image_scores_the_floor_not_minus_infinity(real_handwriting):
     images, _ = real_handwriting
     score = registry.load("ocr_graded")(images[:1], [f'"{"1" * 40}"']).item()
     assert score == pytest.approx(LOG_FLOOR)
 
 
-def test_prompts_that_cannot_be_scored_are_found_before_any_picture():
+def test_prompts_that_cannot_be_scored_are_found_before_any_image():
     with pytest.raises(PrxPostError, match="reads digits only"):
         registry.load("judge_exact").check(['a sign that says "open"'])
     with pytest.raises(PrxPostError, match="cannot read '\\U0001fae0'"):
@@ -110,7 +110,7 @@ def test_prompts_that_cannot_be_scored_are_found_before_any_picture():
     registry.load("ocr_exact").check(["472", 'a sign that says "open"'])
 
 
-def test_pictures_of_several_sizes_are_scored_in_their_order(real_handwriting):
+def test_images_of_several_sizes_are_scored_in_their_order(real_handwriting):
     images, prompts = real_handwriting
     mixed = [image.resize((128, 64)) if i % 2 else image for i, image in enumerate(images[:16])]
     assert registry.load("ocr_exact")(mixed, prompts[:16]).sum() >= 13
@@ -121,7 +121,7 @@ def test_unknown_names_and_unequal_counts_are_errors(real_handwriting):
         registry.load("ocr_exakt")
     images, prompts = real_handwriting
     for name in ("ocr_exact", "judge_exact"):
-        with pytest.raises(PrxPostError, match="got 3 pictures, but must get as many as prompts"):
+        with pytest.raises(PrxPostError, match="got 3 images, but must get as many as prompts"):
             registry.load(name)(images[:3], prompts[:2])
 
 
@@ -130,7 +130,7 @@ def flat(count):
 
 
 class Redness:
-    """The red of a picture's first pixel; counts the pictures it was asked for."""
+    """The red of an image's first pixel; counts the images it was asked for."""
 
     def __init__(self, identity="redness"):
         self.identity, self.asked = identity, 0
@@ -170,12 +170,12 @@ def test_a_weighted_sum_keeps_the_parts():
 
 
 def test_scores_that_are_not_finite_or_too_few_are_refused():
-    for scores, message in (([1.0, math.nan], "gave nan for picture 1 of 2"), ([1.0], r"shape \(1,\) for 2 pictures")):
+    for scores, message in (([1.0, math.nan], "gave nan for image 1 of 2"), ([1.0], r"shape \(1,\) for 2 images")):
         with pytest.raises(PrxPostError, match=message):
             reward.checked(torch.tensor(scores), "mine", 2)
 
 
-def test_a_cached_score_is_computed_once_per_picture_prompt_and_reward(tmp_path):
+def test_a_cached_score_is_computed_once_per_image_prompt_and_reward(tmp_path):
     reward = Redness()
     cached = CachedReward(reward, "redness", ScoreCache(tmp_path))
     images = [*flat(3), *flat(1)]
@@ -217,7 +217,7 @@ def short(images, prompts):
 def words(images, prompts):
     return ["good"] * len(images)
 
-def odd(pictures):
+def odd(images):
     return []
 """
 
@@ -238,9 +238,9 @@ def test_a_users_function_is_a_reward_in_either_convention(functions):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("short", r"gave scores of shape \(1,\) for 2 pictures"),
+        ("short", r"gave scores of shape \(1,\) for 2 images"),
         ("words", "not a list of numbers"),
-        ("odd", r"takes \(pictures\), but must take \(images, prompts\)"),
+        ("odd", r"takes \(images\), but must take \(images, prompts\)"),
         ("gone", "has no function gone"),
     ],
 )

@@ -181,7 +181,7 @@ def test_bfloat16_is_close_to_float32_and_has_another_identity(name, checkpoints
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_of_every_mode_score_as_their_rgb(name, checkpoints):
+def test_images_of_every_mode_score_as_their_rgb(name, checkpoints):
     (image,) = sample_images(((40, 30),))
     images = [image.convert("L"), image.convert("RGBA"), image.convert("P")]
     reward = load(name, checkpoints)
@@ -227,7 +227,7 @@ def test_a_repeated_prompt_is_embedded_once_a_call(checkpoints, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_counts_and_empty_calls_are_checked(name, checkpoints):
     reward = load(name, checkpoints)
-    with pytest.raises(PrxPostError, match="got 5 pictures, but must get as many as prompts"):
+    with pytest.raises(PrxPostError, match="got 5 images, but must get as many as prompts"):
         reward(sample_images(), PROMPTS[:2])
     assert reward([], []).shape == (0,)
 

@@ -10,7 +10,7 @@ from tests.misbehaving import encoded_image
 
 
 def folder_with(tmp_path, files):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     for name, data in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +22,7 @@ def config(folder, **changes) -> SidecarConfig:
     return SidecarConfig(image_dir=str(folder), **{"max_bad_fraction": 1.0, **changes})
 
 
-def test_captions_beside_pictures_become_an_image_folder(tmp_path):
+def test_captions_beside_images_become_an_image_folder(tmp_path):
     files = {
         "a.jpg": encoded_image("JPEG", seed=1),
         "a.txt": "\ufeff a red cube\n",
@@ -59,7 +59,7 @@ def test_every_problem_is_named_and_the_rest_can_be_read(tmp_path, capsys):
         "field.json": '{"text": "x"}',
         "half.jpg": good,
         "half.json": '{"caption": "half a face: \\ud83d"}',
-        "alone.txt": "no picture",
+        "alone.txt": "no image",
         ".hidden/x.jpg": good,
         "notes.md": "no caption file",
     }
@@ -67,23 +67,23 @@ def test_every_problem_is_named_and_the_rest_can_be_read(tmp_path, capsys):
     run(config(folder))
     problems = [json.loads(line) for line in (folder / "caption_problems.jsonl").read_text().splitlines()]
     assert {p["file"]: p["problem"] for p in problems} == {
-        "uncaptioned.jpg": "a picture without a caption",
+        "uncaptioned.jpg": "an image without a caption",
         "empty.jpg": "the caption is empty",
         "latin.jpg": "the caption is not UTF-8",
-        "broken.jpg": "the picture cannot be decoded",
+        "broken.jpg": "the image cannot be decoded",
         "field.jpg": "the caption's JSON holds no 'caption'",
         "half.jpg": "the caption is not UTF-8",
-        "alone.txt": "a caption without a picture",
+        "alone.txt": "a caption without an image",
     }
     printed = capsys.readouterr().out
     assert "2  the caption is not UTF-8, such as half.jpg" in printed
-    assert "1 of 7 pictures are in" in printed
+    assert "1 of 7 images are in" in printed
     assert read_rows(DataConfig(dataset_name=str(folder))).prompts == ["good"]
 
 
 def test_too_many_problems_write_no_metadata(tmp_path):
     folder = folder_with(tmp_path, {"a.jpg": encoded_image(), "a.txt": "a", "b.jpg": encoded_image()})
-    with pytest.raises(PrxPostError, match=r"1 of 2 pictures cannot be used, but max_bad_fraction is 0\.4"):
+    with pytest.raises(PrxPostError, match=r"1 of 2 images cannot be used, but max_bad_fraction is 0\.4"):
         run(config(folder, max_bad_fraction=0.4))
     assert not (folder / "metadata.jsonl").exists()
 
@@ -101,5 +101,5 @@ def test_metadata_that_is_there_is_replaced_only_when_asked(tmp_path):
 def test_a_missing_or_empty_folder_is_named(tmp_path):
     with pytest.raises(PrxPostError, match="there is no such folder"):
         run(config(tmp_path / "none"))
-    with pytest.raises(PrxPostError, match="holds no picture"):
+    with pytest.raises(PrxPostError, match="holds no image"):
         run(config(tmp_path))

@@ -5,7 +5,7 @@ import pytest
 
 from prx_post.model.text import PromptCleaner
 from prx_post.tiny import datasets, world
-from prx_post.tiny.pictures import POOL_BOUNDS, digit_pools, write_number
+from prx_post.tiny.handwriting import POOL_BOUNDS, digit_pools, write_number
 
 
 def test_numbers_are_split_by_value_without_overlap():
@@ -38,20 +38,20 @@ def test_pools_of_digits_never_mix():
     assert not (seen["generator"] | seen["judge"]) & seen["reference"]
 
 
-def test_a_picture_is_dark_ink_on_white_paper_of_the_worlds_size():
-    picture = write_number(88, "generator", np.random.default_rng(0))
-    assert (picture.mode, picture.size) == ("RGB", (64, 32))
-    grey = np.asarray(picture.convert("L"))
+def test_a_image_is_dark_ink_on_white_paper_of_the_worlds_size():
+    image = write_number(88, "generator", np.random.default_rng(0))
+    assert (image.mode, image.size) == ("RGB", (64, 32))
+    grey = np.asarray(image.convert("L"))
     assert grey[0].min() == 255  # the edge is paper
     assert 0.03 < (grey < 128).mean() < 0.4
 
 
 def test_training_sets_never_show_or_name_a_held_out_number():
     held_out = {*world.split_of_numbers()["test"], *world.split_of_numbers()["validation"]}
-    pictures = [p for p, _ in zip(datasets.pretraining_pictures(0), range(3000), strict=False)]
-    assert not held_out & {p.number for p in pictures}
-    assert not held_out & {world.number_of(p.prompt) for p in pictures}
-    wrong = np.mean([world.number_of(p.prompt) != p.number for p in pictures])
+    images = [p for p, _ in zip(datasets.pretraining_images(0), range(3000), strict=False)]
+    assert not held_out & {p.number for p in images}
+    assert not held_out & {world.number_of(p.prompt) for p in images}
+    wrong = np.mean([world.number_of(p.prompt) != p.number for p in images])
     assert wrong == pytest.approx(datasets.PRETRAIN_WRONG_CAPTIONS, abs=0.03)
 
 

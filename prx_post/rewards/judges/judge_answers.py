@@ -12,7 +12,7 @@ Image 1 and Image 2 were made from one and the same prompt:
 {prompt}
 
 Which of them is better? Ask first which follows the prompt more closely: the objects, how many there are, their colours
-and places, what happens, any words that were to be written. Then ask which is the better picture: clear, well composed,
+and places, what happens, any words that were to be written. Then ask which is the better image: clear, well composed,
 without defects. If the two disagree, the prompt counts for more. Which image comes first means nothing.
 
 You may think first. End with exactly one of these three lines, and write nothing after it:
@@ -22,7 +22,7 @@ You may think first. End with exactly one of these three lines, and write nothin
 """
 
 FIRST, TIE, SECOND = 1.0, 0.5, 0.0
-"""An answer, as the probability that the picture shown first is the better one."""
+"""An answer, as the probability that the image shown first is the better one."""
 VERDICTS = {
     "image 1": FIRST,
     "image 1 is better": FIRST,  # the form UnifiedReward-Think was trained on

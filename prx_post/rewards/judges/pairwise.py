@@ -1,6 +1,6 @@
-"""Pairwise judges: which of two pictures of one prompt is better, and how sure of it.
+"""Pairwise judges: which of two images of one prompt is better, and how sure of it.
 
-Shapes: B comparisons, P prompts, G pictures of each prompt (a group).
+Shapes: B comparisons, P prompts, G images of each prompt (a group).
 """
 
 import itertools
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.settings import require
-from prx_post.rewards.cache import picture_digest
+from prx_post.rewards.cache import image_digest
 from prx_post.rewards.reward import Reward, checked
 
 
@@ -28,7 +28,7 @@ class JudgeCounts:
 
     comparisons: int = 0
     asked: int = 0
-    """Answers that were not in the cache: pictures scored by a pointwise judge, questions put to a vision judge, which
+    """Answers that were not in the cache: images scored by a pointwise judge, questions put to a vision judge, which
     needs two a comparison."""
     from_cache: int = 0
     ties: int = 0
@@ -37,10 +37,10 @@ class JudgeCounts:
     """Answers that are none; each counts as a tie of ½, but not among `ties`."""
     first_place_wins: int = 0
     second_place_wins: int = 0
-    """Answers that name the picture shown first, or second. A vision judge shows every pair in both orders, so without
+    """Answers that name the image shown first, or second. A vision judge shows every pair in both orders, so without
     position bias they are equally many; see `position_bias`."""
     contradictions: int = 0
-    """Comparisons whose two orders named the same place, and so different pictures."""
+    """Comparisons whose two orders named the same place, and so different images."""
     retries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -58,7 +58,7 @@ def position_bias(counts: JudgeCounts) -> float | None:
 
 
 class PairwiseJudge(Protocol):
-    """Compares pictures two by two."""
+    """Compares images two by two."""
 
     counts: JudgeCounts
 
@@ -66,17 +66,17 @@ class PairwiseJudge(Protocol):
         """Probabilities [B] in [0, 1], fp32 on the CPU, that `first[i]` beats `second[i]` for `prompts[i]`."""
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise PrxPostError for a prompt that cannot be judged. Called before any picture is made."""
+        """Raise PrxPostError for a prompt that cannot be judged. Called before any image is made."""
 
     @property
     def identity(self) -> str:
-        """What an answer depends on besides the pictures and the prompt."""
+        """What an answer depends on besides the images and the prompt."""
 
 
 def check_pairs(prompts: Sequence[str], first: Sequence[Image.Image], second: Sequence[Image.Image]) -> None:
     if not len(prompts) == len(first) == len(second):
         raise PrxPostError(
-            f"a judge got {len(first)} first and {len(second)} second pictures, but must get as many of each as "
+            f"a judge got {len(first)} first and {len(second)} second images, but must get as many of each as "
             f"prompts ({len(prompts)})."
         )
 
@@ -84,8 +84,8 @@ def check_pairs(prompts: Sequence[str], first: Sequence[Image.Image], second: Se
 class PointwiseJudge:
     """A pointwise reward as a judge: sigmoid((score of first - score of second) / temperature), as Bradley and Terry.
 
-    Temperature 0 compares: 1 for the higher score, ½ for equal ones. A picture is scored once a call and prompt,
-    however many pictures it is compared with.
+    Temperature 0 compares: 1 for the higher score, ½ for equal ones. An image is scored once a call and prompt,
+    however many images it is compared with.
     """
 
     def __init__(self, reward: Reward, temperature: float = 1.0) -> None:
@@ -134,42 +134,42 @@ class PointwiseJudge:
 
 
 class Digests:
-    """Digests of pictures, each computed once while this lives: a picture of a group is in many comparisons."""
+    """Digests of images, each computed once while this lives: an image of a group is in many comparisons."""
 
     def __init__(self) -> None:
-        self._by_id: dict[int, tuple[Image.Image, str]] = {}  # holding the picture, so that its id stays its own
+        self._by_id: dict[int, tuple[Image.Image, str]] = {}  # holding the image, so that its id stays its own
 
     def of(self, image: Image.Image) -> str:
         if id(image) not in self._by_id:
-            self._by_id[id(image)] = (image, picture_digest(image))
+            self._by_id[id(image)] = (image, image_digest(image))
         return self._by_id[id(image)][1]
 
 
 def compare_groups(
     judge: PairwiseJudge, prompts_P: Sequence[str], images_PG: Sequence[Sequence[Image.Image]]
 ) -> Tensor:
-    """Every two pictures of each group, for Pref-GRPO (Wang et al. 2025, arXiv:2508.20751).
+    """Every two images of each group, for Pref-GRPO (Wang et al. 2025, arXiv:2508.20751).
 
     A group is told by its index, never by its prompt's text: two groups of one prompt stay two.
 
     Args:
         prompts_P: one prompt a group.
-        images_PG: the groups, of equally many pictures, two or more.
+        images_PG: the groups, of equally many images, two or more.
 
     Returns:
-        first_wins_PGG [P, G, G] fp32: [p, i, j] is the probability that picture i of group p beats picture j, and
+        first_wins_PGG [P, G, G] fp32: [p, i, j] is the probability that image i of group p beats image j, and
         [p, j, i] is 1 minus that; the diagonal is ½. Each two are asked about once (a judge with position bias asks in
         both orders itself), all in one call.
 
     Raises:
-        PrxPostError: groups and prompts differ in number, groups differ in size or have one picture, or the judge gave
+        PrxPostError: groups and prompts differ in number, groups differ in size or have one image, or the judge gave
             no probabilities.
     """
     sizes = {len(group) for group in images_PG}
     if len(prompts_P) != len(images_PG) or len(sizes) != 1 or min(sizes) < 2:
         raise PrxPostError(
             f"compare_groups got {len(prompts_P)} prompts and groups of {[len(group) for group in images_PG]} "
-            f"pictures, but must get one group a prompt, all of the same size, 2 or more."
+            f"images, but must get one group a prompt, all of the same size, 2 or more."
         )
     (size,) = sizes
     couples = list(itertools.combinations(range(size), 2))

@@ -37,7 +37,7 @@ MIN_ANSWERS = 20
 
 @dataclass
 class VisionJudgeConfig:
-    """A vision-language model that compares pictures, and how it is asked."""
+    """A vision-language model that compares images, and how it is asked."""
 
     judge_url: str | None = doc("Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1.", None)
     judge_model: str | None = doc("The model's name there.", None)
@@ -117,7 +117,7 @@ class VisionJudgeConfig:
 
 @dataclass(frozen=True)
 class Question:
-    """Which of two pictures, told by their digests, is better for a prompt; `first` is shown first."""
+    """Which of two images, told by their digests, is better for a prompt; `first` is shown first."""
 
     prompt: str
     first: str
@@ -159,17 +159,17 @@ class VisionJudge:
         """
         check_pairs(prompts, first, second)
         digests = Digests()
-        pictures: dict[str, Image.Image] = {}
+        images: dict[str, Image.Image] = {}
         questions: list[Question] = []
         for prompt, left, right in zip(prompts, first, second, strict=True):
             question = Question(prompt, digests.of(left), digests.of(right))
-            pictures |= {question.first: left, question.second: right}
+            images |= {question.first: left, question.second: right}
             questions.append(question)
         both = dict.fromkeys(shown for question in questions for shown in (question, question.swapped()))
         answers = {question: self._recall(question) for question in both}
         missing = [question for question, answer in answers.items() if answer is None]
         self.counts.from_cache += len(answers) - len(missing)
-        fresh = self._ask(missing, pictures) if missing else {}
+        fresh = self._ask(missing, images) if missing else {}
         return torch.tensor([self._combined(question, {**answers, **fresh}) for question in questions])
 
     def _combined(self, question: Question, answers: dict[Question, float | None]) -> float:
@@ -185,7 +185,7 @@ class VisionJudge:
         forward, backward = (TIE if answer is None else answer for answer in (forward, backward))
         return (forward + 1 - backward) / 2
 
-    def _ask(self, questions: list[Question], pictures: dict[str, Image.Image]) -> dict[Question, float | None]:
+    def _ask(self, questions: list[Question], images: dict[str, Image.Image]) -> dict[Question, float | None]:
         """Answers to all `questions`. The first failure ends the asking; what is on its way is waited for and kept."""
         stop = threading.Event()
         workers = self._config.judge_concurrency
@@ -194,7 +194,7 @@ class VisionJudge:
         with self._endpoint.client(workers) as http, ThreadPoolExecutor(workers) as pool:
             client = ChatClient(self._endpoint, http, stop)
             shown = sorted({digest for question in questions for digest in (question.first, question.second)})
-            urls = dict(zip(shown, pool.map(lambda digest: data_url(pictures[digest]), shown), strict=True))
+            urls = dict(zip(shown, pool.map(lambda digest: data_url(images[digest]), shown), strict=True))
             asked = {pool.submit(client.complete, self._content(question, urls)): question for question in questions}
             try:
                 for future in as_completed(asked):
@@ -265,7 +265,7 @@ def _halt(stop: threading.Event, futures: dict[Future[Completion], Question]) ->
 
 
 def data_url(image: Image.Image) -> str:
-    """A picture as PNG in a data URL."""
+    """An image as PNG in a data URL."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""LAION's improved aesthetic predictor (Schuhmann 2022): how people rate a picture, 1 to 10, whatever the prompt."""
+"""LAION's improved aesthetic predictor (Schuhmann 2022): how people rate an image, 1 to 10, whatever the prompt."""
 
 from collections.abc import Sequence
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021): embeddings of pictures and prompts in one space, shared by the rewards built on it."""
+"""CLIP (Radford et al. 2021): embeddings of images and prompts in one space, shared by the rewards built on it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,8 +28,8 @@ class CLIP:
     ) -> None:
         """
         Args:
-            pixels: pictures -> [B, 3, H, W], normalised.
-            tokens: prompts -> token ids [B, L], L being the model's; None if only pictures are embedded.
+            pixels: images -> [B, 3, H, W], normalised.
+            tokens: prompts -> token ids [B, L], L being the model's; None if only images are embedded.
         """
         self._model, self._pixels, self._tokens, self._device = model.to(device), pixels, tokens, device
 
@@ -61,7 +61,7 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 def cosines(reward: NetworkReward, clip: CLIP, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-    """Cosine [B] of each picture's embedding and its prompt's. A repeated prompt is embedded once."""
+    """Cosine [B] of each image's embedding and its prompt's. A repeated prompt is embedded once."""
     rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     texts = reward.in_batches(clip.embed_texts, list(rows))[[rows[prompt] for prompt in prompts]]
     return (reward.in_batches(clip.embed_images, images) * texts).sum(-1)
@@ -72,7 +72,7 @@ def load_clip(files: Sequence[Path], preprocessor: Path, tokenizer: Sequence[Pat
 
     Args:
         files: the weights and config.json.
-        tokenizer: vocab.json and merges.txt; none if only pictures are embedded.
+        tokenizer: vocab.json and merges.txt; none if only images are embedded.
         reward: says where and in which precision it runs.
 
     Raises:

@@ -15,7 +15,7 @@ PUBLISHED = Published(VIT_L_14, (MODEL, ("config.json",), *PREPROCESSOR, *TOKENI
 
 
 class CLIPScore(NetworkReward):
-    """100 · max(cos(picture, prompt), 0), the prompt cut to 77 tokens.
+    """100 · max(cos(image, prompt), 0), the prompt cut to 77 tokens.
 
     Differs from Hessel et al.: the factor is 100, as reports on text-to-image models (and torchmetrics) have it, in
     place of 2.5; the network is ViT-L/14 in place of B/32; the prompt gets no "A photo depicts" before it.

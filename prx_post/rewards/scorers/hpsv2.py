@@ -1,4 +1,4 @@
-"""HPSv2.1 (Wu et al. 2023): CLIP ViT-H/14 trained on people's rankings of pictures for one prompt."""
+"""HPSv2.1 (Wu et al. 2023): CLIP ViT-H/14 trained on people's rankings of images for one prompt."""
 
 import html
 import re
@@ -59,7 +59,7 @@ WHAT = "an open_clip ViT-H/14"
 
 
 class HPSv2(NetworkReward):
-    """cos(picture, prompt), the prompt cut to 77 tokens: published scores are this times 1 or 100; here it is 1."""
+    """cos(image, prompt), the prompt cut to 77 tokens: published scores are this times 1 or 100; here it is 1."""
 
     name = "hpsv2"
 

@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023): BLIP ViT-L whose text encoder looks at the picture, trained on people's rankings."""
+"""ImageReward (Xu et al. 2023): BLIP ViT-L whose text encoder looks at the image, trained on people's rankings."""
 
 import re
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ class CrossAttendingBLIP:
         self._tokenizer, self._device, self._dtype = _tokenizer(vocabulary), reward.device, dtype
 
     def raw_scores(self, pairs: Sequence[tuple[Image.Image, str]]) -> Tensor:
-        """[B] fp32 of pictures and prompts."""
+        """[B] fp32 of images and prompts."""
         size = self._vision.config.image_size
         pixels = torch.stack([normalised(centre_square(image, size)) for image, _ in pairs])
         prompts = [prompt for _, prompt in pairs]

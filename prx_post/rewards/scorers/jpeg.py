@@ -1,4 +1,4 @@
-"""How well a picture compresses (Black et al. 2023, DDPO): a reward without a network, to try an algorithm with."""
+"""How well an image compresses (Black et al. 2023, DDPO): a reward without a network, to try an algorithm with."""
 
 import io
 from collections.abc import Sequence

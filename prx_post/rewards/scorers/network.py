@@ -30,7 +30,7 @@ class NetworkReward(ABC):
     def __init__(self, files: Sequence[Files], device: str | None, dtype: str, batch_size: int) -> None:
         """Raises PrxPostError for a device that is not there, and ConfigError for what is no dtype or batch size."""
         require_one_of("dtype", dtype, tuple(DTYPES))
-        reason = "so many pictures go through the network at once"
+        reason = "so many images go through the network at once"
         require(batch_size > 0, "batch_size", batch_size, "above 0", reason, "Set it to 1 or more")
         self.device, self.dtype, self.batch_size = _device(device), DTYPES[dtype], batch_size
         self.identity = ", ".join((self.name, *(each.version for each in files), dtype))
@@ -38,7 +38,7 @@ class NetworkReward(ABC):
     def check(self, prompts: Sequence[str]) -> None:
         for i, prompt in enumerate(prompts):
             if self.uses_prompts and not prompt.strip():
-                raise PrxPostError(f"prompt {i} is empty, so {self.name} has nothing to compare a picture with.")
+                raise PrxPostError(f"prompt {i} is empty, so {self.name} has nothing to compare an image with.")
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

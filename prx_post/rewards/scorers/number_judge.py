@@ -29,7 +29,7 @@ FEATURES = 64
 
 
 class NumberJudge(nn.Module):
-    """Grey pictures [B, 1, 32, 64] in [-1, 1] (ink is +1) -> CTC log-probabilities [B, 16, 11] over {blank, 0-9}."""
+    """Grey images [B, 1, 32, 64] in [-1, 1] (ink is +1) -> CTC log-probabilities [B, 16, 11] over {blank, 0-9}."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,16 +47,16 @@ class NumberJudge(nn.Module):
         )
         self.head = nn.Linear(FEATURES, 11)
 
-    def columns(self, pictures: torch.Tensor) -> torch.Tensor:
+    def columns(self, images: torch.Tensor) -> torch.Tensor:
         """Features of each column, [B, 16, 64]."""
-        return self.trunk(pictures).squeeze(2).transpose(1, 2)
+        return self.trunk(images).squeeze(2).transpose(1, 2)
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.head(self.columns(pictures)).log_softmax(-1)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.columns(images)).log_softmax(-1)
 
 
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
-    """PIL pictures of any size -> [B, 1, 32, 64] in [-1, 1], ink positive."""
+    """PIL images of any size -> [B, 1, 32, 64] in [-1, 1], ink positive."""
     grey = [np.asarray(image.convert("L").resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)) for image in images]
     return 1 - torch.from_numpy(np.stack(grey)).float()[:, None] / 127.5
 

@@ -1,4 +1,4 @@
-"""Does the picture say what the prompt asks for? Read by the PP-OCR recogniser that ships inside rapidocr.
+"""Does the image say what the prompt asks for? Read by the PP-OCR recogniser that ships inside rapidocr.
 
 The text asked for is what stands in double quotes in the prompt, or else the number that the prompt names (in digits
 or in words, see prx_post.tiny). For a text of digits the reading is restricted to digits.
@@ -43,7 +43,7 @@ def wanted_text(prompt: str) -> str:
 
 
 class Recogniser:
-    """PP-OCR text recognition: pictures -> CTC probabilities over `characters`."""
+    """PP-OCR text recognition: images -> CTC probabilities over `characters`."""
 
     def __init__(self) -> None:
         for module in ("onnxruntime", "rapidocr"):
@@ -61,7 +61,7 @@ class Recogniser:
         """Character i is column i + 1; column 0 is CTC's blank."""
 
     def probabilities(self, images: Sequence[Image.Image]) -> Tensor:
-        """CTC probabilities [B, T, 1 + len(characters)] of pictures of one size, T being about width / height · 6."""
+        """CTC probabilities [B, T, 1 + len(characters)] of images of one size, T being about width / height · 6."""
         width = max(8, round(HEIGHT * images[0].width / images[0].height))
         resized = [i.convert("RGB").resize((width, HEIGHT), Image.Resampling.BILINEAR) for i in images]
         pixels = np.stack([np.asarray(image) for image in resized]).astype(np.float32) / 127.5 - 1
@@ -95,7 +95,7 @@ def shared_recogniser() -> Recogniser:
 
 
 class OCRReward:
-    """Scores pictures by what the recogniser reads."""
+    """Scores images by what the recogniser reads."""
 
     def __init__(self, score: ctc.Score) -> None:
         self._score, self._recogniser = score, shared_recogniser()
@@ -131,7 +131,7 @@ def similarity() -> OCRReward:
 
 
 def exact_match() -> OCRReward:
-    """1 if the picture reads exactly as asked, else 0."""
+    """1 if the image reads exactly as asked, else 0."""
     return OCRReward(ctc.exact)
 
 

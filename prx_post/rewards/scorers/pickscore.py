@@ -1,4 +1,4 @@
-"""PickScore (Kirstain et al. 2023): CLIP ViT-H/14 trained on which of two pictures users of Pick-a-Pic preferred."""
+"""PickScore (Kirstain et al. 2023): CLIP ViT-H/14 trained on which of two images users of Pick-a-Pic preferred."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,7 +17,7 @@ PROCESSOR = Published(VIT_H_14, (*PREPROCESSOR, *TOKENIZER))
 
 
 class PickScore(NetworkReward):
-    """Logit scale (about 100) · cos(picture, prompt), the prompt cut to 77 tokens."""
+    """Logit scale (about 100) · cos(image, prompt), the prompt cut to 77 tokens."""
 
     name = "pickscore"
 

@@ -1,4 +1,4 @@
-"""Pictures as the published scorers see them, without torchvision (whose default wheel breaks a CPU build of torch)."""
+"""Images as the published scorers see them, without torchvision (whose default wheel breaks a CPU build of torch)."""
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ def padded_square(image: Image.Image, size: int) -> Tensor:
     """[3, size, size]: the longer side resized to `size` by torch's antialiased bicubic filter, the rest black.
 
     Values may leave 0..1 a little, as HPSv2's do: it resizes after the conversion to floating point.
-    Differs from hpsv2: a picture whose longer side is `size` already is padded too; there it fails.
+    Differs from hpsv2: an image whose longer side is `size` already is padded too; there it fails.
     """
     pixels = unit_range(image)
     scale = size / max(image.size)

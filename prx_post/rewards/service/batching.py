@@ -24,7 +24,7 @@ class RewardCrashed(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One request: its prompts are checked, then its pictures scored; `images` is None if checking is all."""
+    """One request: its prompts are checked, then its images scored; `images` is None if checking is all."""
 
     reward: str
     prompts: Sequence[str]
@@ -60,13 +60,13 @@ class Job:
 
 
 Item = tuple[Job, int]
-"""A picture: its job, and its index there."""
+"""An image: its job, and its index there."""
 BatchObserver = Callable[[str, int, float], None]
-"""(reward, pictures, seconds) of every batch that was scored"""
+"""(reward, images, seconds) of every batch that was scored"""
 
 
 class Scorer:
-    """The scoring thread. A batch is due when it is full, or when its oldest picture has waited `max_wait_s`."""
+    """The scoring thread. A batch is due when it is full, or when its oldest image has waited `max_wait_s`."""
 
     def __init__(
         self, rewards: Mapping[str, Reward], *, batch_size: int, max_wait_s: float, observe: BatchObserver
@@ -124,7 +124,7 @@ class Scorer:
         return max(0.0, min(arrivals) + self._max_wait_s - time.monotonic()) if arrivals else None
 
     def _due_lane(self) -> str | None:
-        """Of the rewards with a batch that is due, the one whose oldest picture has waited longest."""
+        """Of the rewards with a batch that is due, the one whose oldest image has waited longest."""
         latest = time.monotonic() - self._max_wait_s
         due = {
             name: lane[0][0].arrived_s
@@ -146,7 +146,7 @@ class Scorer:
         job.finish_if_complete()  # if there was nothing but prompts to check
 
     def _take(self, name: str) -> list[Item]:
-        """The next batch, without the pictures of requests that failed or whose client went away."""
+        """The next batch, without the images of requests that failed or whose client went away."""
         lane = self._lanes[name]
         batch: list[Item] = []
         while lane and len(batch) < self._batch_size:

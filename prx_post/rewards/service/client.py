@@ -32,16 +32,16 @@ from prx_post.rewards.service.protocol import (
     SERVICE,
     TOKEN_VARIABLE,
     VERSION,
-    encode_picture,
+    encode_image,
 )
 
 TRANSIENT = (408, 429, 502, 503, 504)
 """HTTP statuses that another try may turn into a success."""
 CONNECTIONS = 4
 """Requests at a time: while the server scores one, it receives and decodes the next."""
-REQUEST_PICTURES, REQUEST_PROMPTS = 16, 256
+REQUEST_IMAGES, REQUEST_PROMPTS = 16, 256
 ENVELOPE_BYTES = 64
-"""JSON around a picture and its prompt, at most."""
+"""JSON around an image and its prompt, at most."""
 CONNECT_S, FIRST_WAIT_S, MAX_WAIT_S = 10.0, 0.5, 30.0
 T = TypeVar("T")
 
@@ -84,8 +84,8 @@ class RemoteReward:
         self._pool = urllib3.PoolManager(timeout=timeout, maxsize=CONNECTIONS, retries=False)
         first = Patience(min(4, self._patience.tries), min(30.0, self._patience.timeout_s))
         found = self._ask("GET", REWARDS_PATH, None, first, threading.Event())
-        self.name, self.identity, self._max_bytes, max_pictures = self._discovered(found, name)
-        self._max_pictures = min(REQUEST_PICTURES, max_pictures)
+        self.name, self.identity, self._max_bytes, max_images = self._discovered(found, name)
+        self._max_images = min(REQUEST_IMAGES, max_images)
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raise PrxPostError for a prompt that the served reward cannot score."""
@@ -101,10 +101,10 @@ class RemoteReward:
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         check_counts(images, prompts)
         texts = [json.dumps(prompt) for prompt in prompts]
-        encoded = _concurrently(lambda image, _: encode_picture(image), images)
+        encoded = _concurrently(lambda image, _: encode_image(image), images)
         sizes = [len(text) + len(image) + ENVELOPE_BYTES for text, image in zip(texts, encoded, strict=True)]
         self._check_sizes(sizes)
-        parts = list(_parts(sizes, self._max_pictures, self._max_bytes - ENVELOPE_BYTES))
+        parts = list(_parts(sizes, self._max_images, self._max_bytes - ENVELOPE_BYTES))
 
         def send(part: slice, stopped: threading.Event) -> list[float]:
             joined = ",".join(f'"{text}"' for text in encoded[part])  # base64 needs no escapes
@@ -119,7 +119,7 @@ class RemoteReward:
         for i, size in enumerate(sizes):
             if size > self._max_bytes - ENVELOPE_BYTES:
                 raise PrxPostError(
-                    f"picture {i} takes {size} bytes, but the reward server {self._base} accepts {self._max_bytes} a "
+                    f"image {i} takes {size} bytes, but the reward server {self._base} accepts {self._max_bytes} a "
                     f"request. Start it with a larger max_request_mib."
                 )
 
@@ -167,11 +167,11 @@ class RemoteReward:
         self._fail(f"answered HTTP {status}: {error.get('message')}")
 
     def _discovered(self, answer: dict[str, Any], name: str | None) -> tuple[str, str, int, int]:
-        """Name, identity, bytes and pictures of a request."""
+        """Name, identity, bytes and images of a request."""
         try:
             service, version = answer["service"], answer["version"]
             identities = {str(entry["name"]): str(entry["identity"]) for entry in answer["rewards"]}
-            limits = (int(answer["limits"]["max_request_bytes"]), int(answer["limits"]["max_pictures"]))
+            limits = (int(answer["limits"]["max_request_bytes"]), int(answer["limits"]["max_images"]))
         except (KeyError, TypeError, ValueError):
             service = version = None
         if service != SERVICE:
@@ -196,7 +196,7 @@ class RemoteReward:
     def _checked_scores(self, scores: object, count: int) -> list[float]:
         if not isinstance(scores, list) or len(scores) != count:
             found = len(scores) if isinstance(scores, list) else type(scores).__name__
-            self._fail(f"answered {count} pictures with {found} scores. Mend the server")
+            self._fail(f"answered {count} images with {found} scores. Mend the server")
         for score in scores:
             if type(score) not in (int, float) or not math.isfinite(score):
                 self._fail(f"gave the score {score!r}, which is no finite number. Mend the server")

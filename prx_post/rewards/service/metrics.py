@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PREFIX = "prx_post_reward_"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-BATCH_PICTURES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BATCH_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
@@ -28,22 +28,22 @@ class Metrics:
             buckets=SECONDS,
             **options,
         )
-        self._batch_pictures = Histogram(
-            PREFIX + "batch_pictures", "Pictures of a batch.", ["reward"], buckets=BATCH_PICTURES, **options
+        self._batch_images = Histogram(
+            PREFIX + "batch_images", "Images of a batch.", ["reward"], buckets=BATCH_IMAGES, **options
         )
-        self._pictures = Counter(PREFIX + "pictures", "Pictures scored.", ["reward"], **options)
+        self._images = Counter(PREFIX + "images", "Images scored.", ["reward"], **options)
         self._batches = Counter(PREFIX + "batches", "Batches scored.", ["reward"], **options)
         self._scoring_seconds = Counter(PREFIX + "scoring_seconds", "Time inside the reward.", ["reward"], **options)
-        self._queue = Gauge(PREFIX + "queued_pictures", "Pictures accepted and not scored yet.", **options)
+        self._queue = Gauge(PREFIX + "queued_images", "Images accepted and not scored yet.", **options)
         self.errors = Counter(PREFIX + "errors", "Requests not answered with scores.", ["kind"], **options)
 
     def watch_queue(self, length: Callable[[], int]) -> None:
         self._queue.set_function(length)
 
-    def observe_batch(self, reward: str, pictures: int, seconds: float) -> None:
+    def observe_batch(self, reward: str, images: int, seconds: float) -> None:
         self._batches.labels(reward=reward).inc()
-        self._pictures.labels(reward=reward).inc(pictures)
-        self._batch_pictures.labels(reward=reward).observe(pictures)
+        self._images.labels(reward=reward).inc(images)
+        self._batch_images.labels(reward=reward).observe(images)
         self._scoring_seconds.labels(reward=reward).inc(seconds)
 
     def text(self) -> bytes:

@@ -1,7 +1,7 @@
-"""What a reward server and its clients agree on: JSON over HTTP with pictures as base64 of PNG. docs/reward-server.md.
+"""What a reward server and its clients agree on: JSON over HTTP with images as base64 of PNG. docs/reward-server.md.
 
 JSON rather than multipart: one parser, which every language and curl has, and no file names, no spooling to disk. It
-costs a third more bytes, which is little beside what scoring a picture takes. Never pickle.
+costs a third more bytes, which is little beside what scoring an image takes. Never pickle.
 """
 
 import base64
@@ -28,7 +28,7 @@ PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 """Pillow's modes that come out of a PNG as they went in."""
 
 
-def encode_picture(image: Image.Image) -> str:
+def encode_image(image: Image.Image) -> str:
     """Base64 of a PNG of the very pixels; other modes than PNG_MODES as RGB, which is what scorers make of them.
 
     Nothing but pixels travels: a colour profile, say, may be many times as large.
@@ -46,7 +46,7 @@ def encode_picture(image: Image.Image) -> str:
 def _rgb_png(pixels: NDArray[np.uint8]) -> bytes:
     """A PNG of pixels [H, W, 3], as small as Pillow's at level 1 and made in a fifth of its time.
 
-    Pillow tries five filters on every row and has zlib look for repetitions. Pictures of a generator have none: what
+    Pillow tries five filters on every row and has zlib look for repetitions. Images of a generator have none: what
     pays is each row less the one above it (the filter `up`), in Huffman codes alone.
     """
     height, width, channels = pixels.shape
@@ -62,8 +62,8 @@ def _rgb_png(pixels: NDArray[np.uint8]) -> bytes:
     )
 
 
-def decode_picture(text: str, max_pixels: int) -> Image.Image:
-    """The picture of `encode_picture`, from a stranger: size is read from the header before a pixel is decoded.
+def decode_image(text: str, max_pixels: int) -> Image.Image:
+    """The image of `encode_image`, from a stranger: size is read from the header before a pixel is decoded.
 
     Raises:
         OSError: it is not base64, no PNG, has more than `max_pixels`, or is broken.
@@ -76,6 +76,6 @@ def decode_picture(text: str, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=["PNG"])
         if image.width * image.height > max_pixels:
             size = f"{image.width}x{image.height}"
-            raise OSError(f"{size} are more than the {max_pixels} pixels that a picture may have here")
+            raise OSError(f"{size} are more than the {max_pixels} pixels that an image may have here")
         image.load()
     return image

@@ -1,4 +1,4 @@
-"""`prx-post reward-serve`: scores pictures over HTTP for runs on other GPUs and machines. docs/reward-server.md."""
+"""`prx-post reward-serve`: scores images over HTTP for runs on other GPUs and machines. docs/reward-server.md."""
 
 import ipaddress
 import logging
@@ -37,7 +37,7 @@ TRIAL_PROMPT = 'a sign that says "0"'
 
 @dataclass
 class RewardServeConfig:
-    """A server that scores pictures over HTTP."""
+    """A server that scores images over HTTP."""
 
     rewards: list[str] = doc(
         "Rewards to serve: names, name=weights, or path/to/module.py:function; separated by spaces or commas.", []
@@ -52,15 +52,15 @@ class RewardServeConfig:
         "Device of rewards that run a model: cpu, cuda, cuda:1; null: a GPU if there is one.", None
     )
     dtype: str = doc("Precision of rewards that run a model: float32 or bfloat16.", "float32")
-    batch_size: int = doc("Pictures scored together, of one request or of several.", 16, above=0)
+    batch_size: int = doc("Images scored together, of one request or of several.", 16, above=0)
     max_batch_wait_ms: float = doc(
-        "How long a picture may wait for others to share its batch, milliseconds.", 10.0, at_least=0
+        "How long an image may wait for others to share its batch, milliseconds.", 10.0, at_least=0
     )
     max_request_mib: int = doc("Largest body of a request, MiB.", 32, above=0)
-    max_pixels: int = doc("Largest picture, width times height.", 2048 * 2048, above=0)
-    max_pictures: int = doc("Most pictures of one request.", 256, above=0)
-    max_queued_pictures: int = doc(
-        "Pictures accepted and not scored yet; beyond that, clients are told to wait.", 512, above=0
+    max_pixels: int = doc("Largest image, width times height.", 2048 * 2048, above=0)
+    max_images: int = doc("Most images of one request.", 256, above=0)
+    max_queued_images: int = doc(
+        "Images accepted and not scored yet; beyond that, clients are told to wait.", 512, above=0
     )
     max_requests: int = doc(
         "Requests received or scored at a time; beyond that, clients are told to wait.", 32, above=0
@@ -80,10 +80,10 @@ class RewardServeConfig:
         require_one_of("dtype", self.dtype, ("float32", "bfloat16"))
         finite, reason = math.isfinite(self.max_batch_wait_ms), "a batch that is never full would never be scored"
         require(finite, "max_batch_wait_ms", self.max_batch_wait_ms, "finite", reason, "Set it to 10, for instance")
-        rule = f"at least max_pictures ({self.max_pictures})"
-        reason, action = "a request of that many would never be accepted", "Raise it, or lower max_pictures"
-        fits = self.max_queued_pictures >= self.max_pictures
-        require(fits, "max_queued_pictures", self.max_queued_pictures, rule, reason, action)
+        rule = f"at least max_images ({self.max_images})"
+        reason, action = "a request of that many would never be accepted", "Raise it, or lower max_images"
+        fits = self.max_queued_images >= self.max_images
+        require(fits, "max_queued_images", self.max_queued_images, rule, reason, action)
         self._check_device()
 
     def _check_names(self) -> None:
@@ -169,7 +169,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> PrxPostError:
 
 
 def load_rewards(config: RewardServeConfig) -> dict[str, Reward]:
-    """The rewards by name, each ready to score: those of REGISTRY have scored a blank picture, which loads the model.
+    """The rewards by name, each ready to score: those of REGISTRY have scored a blank image, which loads the model.
 
     Raises:
         PrxPostError: something that one needs is not there.
@@ -200,8 +200,8 @@ def make_server(config: RewardServeConfig, rewards: Mapping[str, Reward], token:
     limits = Limits(
         max_request_bytes=config.max_request_mib * 2**20,
         max_pixels=config.max_pixels,
-        max_pictures=config.max_pictures,
-        max_queued_pictures=config.max_queued_pictures,
+        max_images=config.max_images,
+        max_queued_images=config.max_queued_images,
         max_requests=config.max_requests,
     )
     wait_s = config.max_batch_wait_ms / 1000

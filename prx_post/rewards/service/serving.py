@@ -1,7 +1,7 @@
 """The HTTP side of a reward server: who may ask, how much, and what is answered. See docs/reward-server.md.
 
 Every limit is met before what it limits costs anything: the token before the body is read, the body's size while it is
-read, the number of pictures before one is decoded, a picture's pixels from its header.
+read, the number of images before one is decoded, an image's pixels from its header.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from prx_post.base.errors import PrxPostError
 from prx_post.rewards.service.batching import Job, RewardCrashed, Scorer
 from prx_post.rewards.service.metrics import CountAnswers, Metrics
-from prx_post.rewards.service.protocol import CHECK_PATH, REWARDS_PATH, SCORE_PATH, SERVICE, VERSION, decode_picture
+from prx_post.rewards.service.protocol import CHECK_PATH, REWARDS_PATH, SCORE_PATH, SERVICE, VERSION, decode_image
 
 BODY_TIMEOUT_S = 60.0
 """For a request's body to arrive; a client that drips would otherwise hold its place for ever."""
@@ -42,10 +42,10 @@ class Limits:
 
     max_request_bytes: int
     max_pixels: int
-    """Of one picture."""
-    max_pictures: int
+    """Of one image."""
+    max_images: int
     """Of one request."""
-    max_queued_pictures: int
+    max_queued_images: int
     """Of all requests: decoded or about to be, and not scored yet."""
     max_requests: int
     """Received or scored at a time."""
@@ -82,13 +82,13 @@ def read_request(kind: type[Body], body: bytes) -> Body:
 
 
 def decode_all(texts: Sequence[str], max_pixels: int) -> list[Image.Image]:
-    """Raises Refusal, with its index, for a picture that cannot be used."""
+    """Raises Refusal, with its index, for an image that cannot be used."""
     images = []
     for i, text in enumerate(texts):
         try:
-            images.append(decode_picture(text, max_pixels))
+            images.append(decode_image(text, max_pixels))
         except OSError as error:
-            raise Refusal(422, "picture", f"images.{i}: {error}") from error
+            raise Refusal(422, "image", f"images.{i}: {error}") from error
     return images
 
 
@@ -100,9 +100,9 @@ class Service:
     ) -> None:
         self._identities, self._scorer, self._limits, self._metrics = dict(identities), scorer, limits, metrics
         self._expected = None if token is None else f"Bearer {token}".encode()
-        self._requests = self._pictures = 0
+        self._requests = self._images = 0
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decoding")
-        metrics.watch_queue(lambda: self._pictures)
+        metrics.watch_queue(lambda: self._images)
 
     async def health(self) -> Response:
         """For whoever starts and watches the server: without a token, and without anything worth one."""
@@ -122,13 +122,13 @@ class Service:
         listed = [{"name": name, "identity": identity} for name, identity in self._identities.items()]
         limits = {
             "max_request_bytes": self._limits.max_request_bytes,
-            "max_pictures": self._limits.max_pictures,
+            "max_images": self._limits.max_images,
             "max_pixels": self._limits.max_pixels,
         }
         return JSONResponse({"service": SERVICE, "version": VERSION, "rewards": listed, "limits": limits})
 
     async def check(self, name: str, request: Request) -> Response:
-        """Whether prompts can be scored, before a picture is made for them."""
+        """Whether prompts can be scored, before an image is made for them."""
         async with self._body(name, request) as body:
             asked = await self._in_thread(lambda: read_request(CheckRequest, body))
             await self._outcome(Job(name, asked.prompts, None), request)
@@ -140,8 +140,8 @@ class Service:
             count, texts = len(asked.images), asked.images
             if count != len(asked.prompts):
                 raise Refusal(422, "malformed", f"there are {count} images, but {len(asked.prompts)} prompts")
-            if count > self._limits.max_pictures:
-                message = f"there are {count} images, but a request may have {self._limits.max_pictures}"
+            if count > self._limits.max_images:
+                message = f"there are {count} images, but a request may have {self._limits.max_images}"
                 raise Refusal(413, "too large", message)
             with self._places(count):
                 images = await self._in_thread(lambda: decode_all(texts, self._limits.max_pixels))
@@ -191,20 +191,20 @@ class Service:
 
     @contextlib.contextmanager
     def _places(self, count: int) -> Iterator[None]:
-        """Places in the queue, held from before pictures are decoded until they are scored."""
-        if self._pictures + count > self._limits.max_queued_pictures:
+        """Places in the queue, held from before images are decoded until they are scored."""
+        if self._images + count > self._limits.max_queued_images:
             raise Refusal(503, "busy", "the queue is full; try again", Retry_After=RETRY_AFTER_S)
-        self._pictures += count
+        self._images += count
         try:
             yield
         finally:
-            self._pictures -= count
+            self._images -= count
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
 
     async def _outcome(self, job: Job, request: Request) -> list[float]:
-        """The job's scores; its pictures leave the queue if the client goes away."""
+        """The job's scores; its images leave the queue if the client goes away."""
         self._scorer.submit(job)
         scores = asyncio.wrap_future(job.future)
         gone = asyncio.ensure_future(_disconnected(request))

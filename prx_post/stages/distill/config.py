@@ -44,11 +44,11 @@ class TeacherConfig:
     cache: str = doc("`disk`, and nothing else: latents and embeddings are read from the cache.", "disk")
     cache_dir: str = doc("Folder of the cache.", "~/.cache/prx-post", resume="free")
     real_fraction: float = doc(
-        "Share of each batch that are real pictures, of dataset_name, not the teacher's.", 0.0, between=(0, 1)
+        "Share of each batch that are real images, of dataset_name, not the teacher's.", 0.0, between=(0, 1)
     )
-    dataset_name: str | None = doc("Real pictures: an image folder, parquet, or a Hub id.", None)
+    dataset_name: str | None = doc("Real images: an image folder, parquet, or a Hub id.", None)
     dataset_split: str = doc("Split to read.", "train")
-    image_column: str = doc("Column with the pictures.", "image")
+    image_column: str = doc("Column with the images.", "image")
     prompt_column: str = doc("Column with the captions.", "prompt")
     max_bad_fraction: float = doc(
         "Stop when more than this share of the real rows cannot be used.", 0.01, between=(0, 1)
@@ -58,12 +58,12 @@ class TeacherConfig:
         check_fields(self)
         reason = "every step reads the teacher's latents and the prompts' embeddings, which are made once"
         require(self.cache == "disk", "cache", self.cache, "disk", reason, "Set it, or leave it out")
-        has_pictures = self.dataset_name is not None
+        has_images = self.dataset_name is not None
         reason, action = f"real_fraction is {self.real_fraction}", "Set both, or neither"
-        require(has_pictures == (self.real_fraction > 0), "dataset_name", self.dataset_name, "set", reason, action)
+        require(has_images == (self.real_fraction > 0), "dataset_name", self.dataset_name, "set", reason, action)
 
     def real_images(self, size: tuple[int, int]) -> DataConfig:
-        """How the real pictures are read; `real_fraction` must be above 0."""
+        """How the real images are read; `real_fraction` must be above 0."""
         return DataConfig(
             dataset_name=self.dataset_name,
             dataset_split=self.dataset_split,
@@ -91,7 +91,7 @@ class DistillConfig(MonitorConfig):
     num_inference_steps: int = doc(
         "Steps that the student samples in; it is trained on exactly their noise levels.", 8, above=0
     )
-    guidance_scale: float = doc("1, and nothing else: the student's pictures are made without guidance.", 1.0)
+    guidance_scale: float = doc("1, and nothing else: the student's images are made without guidance.", 1.0)
     shift_terminal: float | None = doc(
         "Last noise level before 0 in the emitted scheduler, which stretches the others to it; null: not stretched, so "
         "that the last step can be idle.",

@@ -22,7 +22,7 @@ from prx_post.data.buckets import Buckets
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
 from prx_post.data.encoding import EncodedCache, Encoders, Sample, fill_cache, prepare, with_what_others_wrote
 from prx_post.data.prompts import read_prompt_rows
-from prx_post.data.rows import PictureRows
+from prx_post.data.rows import ImageRows
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.sampler import Sampler
 from prx_post.model.text import PromptCleaner
@@ -117,8 +117,8 @@ def teacher_latents(
         write_bytes(folder / "teacher.json", (text + "\n").encode())
     samples = [Sample(p.row, p.text, size, p.latent_key, p.key) for p in prompts]
     texts = list(dict.fromkeys(["", *extra_prompts, *(p.text for p in prompts)]))
-    no_pictures: Any = None  # fill_cache reads rows of samples alone
-    fill_cache(cache, [], no_pictures, texts, encoders, ranks)
+    no_images: Any = None  # fill_cache reads rows of samples alone
+    fill_cache(cache, [], no_images, texts, encoders, ranks)
     keys = [content_key(encoders.cleaner(text)) for text in texts]
     cache = with_what_others_wrote(open_cache, [], keys, ranks)
     batch = config.teacher_batch_size
@@ -156,7 +156,7 @@ def _make(batches: Sequence[Sequence[Prompt]], cache: EncodedCache, sampler: Sam
 
 def with_real_images(
     config: TeacherConfig,
-    rows: PictureRows,
+    rows: ImageRows,
     samples: list[Sample],
     cache: EncodedCache,
     encoders: Encoders,

@@ -1,11 +1,11 @@
-"""The embedded world's AutoencoderKL: factor 4, four latent channels, so that a 32×64 picture is 8×16 latents."""
+"""The embedded world's AutoencoderKL: factor 4, four latent channels, so that a 32×64 image is 8×16 latents."""
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from prx_post.tiny.pictures import write_number
+from prx_post.tiny.handwriting import write_number
 from prx_post.tiny.world import split_of_numbers
 
 
@@ -24,11 +24,11 @@ def new_autoencoder() -> AutoencoderKL:
     )
 
 
-def picture_batch(rng: np.random.Generator, batch_size: int) -> torch.Tensor:
+def image_batch(rng: np.random.Generator, batch_size: int) -> torch.Tensor:
     """Training numbers written with the generator's digits, [B, 3, 32, 64] in [-1, 1]."""
     numbers = rng.choice(split_of_numbers()["train"], size=batch_size)
-    pictures = np.stack([np.asarray(write_number(int(n), "generator", rng)) for n in numbers])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = np.stack([np.asarray(write_number(int(n), "generator", rng)) for n in numbers])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_autoencoder(steps: int, batch_size: int, seed: int, log, kl_weight: float = 1e-4) -> AutoencoderKL:
@@ -39,7 +39,7 @@ def train_autoencoder(steps: int, batch_size: int, seed: int, log, kl_weight: fl
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(1, steps + 1):
-        pixels = picture_batch(rng, batch_size)
+        pixels = image_batch(rng, batch_size)
         posterior = vae.encode(pixels).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
         l1 = (reconstruction - pixels).abs().mean()
@@ -52,6 +52,6 @@ def train_autoencoder(steps: int, batch_size: int, seed: int, log, kl_weight: fl
         if step % 100 == 0:
             log({"part": "autoencoder", "step": step, "l1": round(l1.item(), 4)})
     vae = vae.eval().to(torch.bfloat16).float()
-    latents = torch.cat([vae.encode(picture_batch(rng, 64)).latent_dist.mode() for _ in range(8)]).detach()
+    latents = torch.cat([vae.encode(image_batch(rng, 64)).latent_dist.mode() for _ in range(8)]).detach()
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     return vae

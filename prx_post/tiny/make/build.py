@@ -22,9 +22,9 @@ from prx_post.model.config import ModelConfig
 from prx_post.model.text import save_text_encoder
 from prx_post.stages.run import run
 from prx_post.stages.sft.config import SFTConfig
-from prx_post.tiny.datasets import PRETRAIN_SIZE, PRETRAIN_WRONG_CAPTIONS, pretraining_pictures, write_parquet
+from prx_post.tiny.datasets import PRETRAIN_SIZE, PRETRAIN_WRONG_CAPTIONS, pretraining_images, write_parquet
 from prx_post.tiny.make import autoencoder, judge, language
-from prx_post.tiny.pictures import HEIGHT, WIDTH
+from prx_post.tiny.handwriting import HEIGHT, WIDTH
 
 JUDGE_STEPS, LANGUAGE_STEPS, AUTOENCODER_STEPS = 3000, 1200, 3000
 PRETRAIN_STEPS = 2200
@@ -34,7 +34,7 @@ STORED_AS = "bfloat16"
 
 
 def new_transformer(seed: int) -> PRXTransformer2DModel:
-    """2.3M parameters; 32 image tokens for a 32×64 picture."""
+    """2.3M parameters; 32 image tokens for a 32×64 image."""
     torch.manual_seed(seed)
     return PRXTransformer2DModel(
         in_channels=4,
@@ -65,7 +65,7 @@ def build(folder: Path, seed: int = 0) -> Path:
         _build_untrained(start, seed, log)
     data = folder / "pretrain.parquet"
     if not data.exists():
-        write_parquet(pretraining_pictures(seed), data)
+        write_parquet(pretraining_images(seed), data)
     pretraining = folder / "pretraining"
     if not (pretraining / "final").exists():
         shutil.rmtree(pretraining, ignore_errors=True)
@@ -143,7 +143,7 @@ def base_card() -> ModelCard:
         base="fresh weights",
         base_is_on_hub=False,
         licence="apache-2.0",
-        data=f"{PRETRAIN_SIZE} pictures of handwritten numbers, {PRETRAIN_WRONG_CAPTIONS:.0%} with a wrong caption",
+        data=f"{PRETRAIN_SIZE} images of handwritten numbers, {PRETRAIN_WRONG_CAPTIONS:.0%} with a wrong caption",
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
         dtype=STORED_AS,

@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prx_post.rewards.scorers.number_judge import BLANK, NumberJudge, to_tensor
-from prx_post.tiny.pictures import write_number
+from prx_post.tiny.handwriting import write_number
 from prx_post.tiny.world import NUMBERS
 
 
 def train_judge(steps: int, batch_size: int, seed: int, log) -> NumberJudge:
-    """Train on pictures of every number, written with the judge's own digits, slightly distorted."""
+    """Train on images of every number, written with the judge's own digits, slightly distorted."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     judge = NumberJudge()
@@ -22,10 +22,10 @@ def train_judge(steps: int, batch_size: int, seed: int, log) -> NumberJudge:
     ctc = nn.CTCLoss(blank=BLANK, zero_infinity=True)
     for step in range(1, steps + 1):
         numbers = rng.choice(NUMBERS, size=batch_size)
-        pictures = distort(to_tensor([write_number(int(n), "judge", rng) for n in numbers]), rng)
+        images = distort(to_tensor([write_number(int(n), "judge", rng) for n in numbers]), rng)
         targets = torch.tensor([int(d) + 1 for n in numbers for d in str(n)])
         lengths = torch.tensor([len(str(n)) for n in numbers])
-        log_probs = judge(pictures).transpose(0, 1)
+        log_probs = judge(images).transpose(0, 1)
         loss = ctc(log_probs, targets, torch.full((batch_size,), log_probs.shape[0]), lengths)
         optimizer.zero_grad()
         loss.backward()
@@ -36,9 +36,9 @@ def train_judge(steps: int, batch_size: int, seed: int, log) -> NumberJudge:
     return judge.eval().requires_grad_(False)
 
 
-def distort(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+def distort(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Small random affine maps, contrast and noise, since 100 digits a class are few. Shape unchanged."""
-    batch = pictures.shape[0]
+    batch = images.shape[0]
 
     def draw(scale: float) -> torch.Tensor:
         return torch.from_numpy(rng.normal(0, scale, batch)).float()
@@ -47,10 +47,10 @@ def distort(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     theta[:, 0, 0], theta[:, 1, 1] = 1 + draw(0.06), 1 + draw(0.06)
     theta[:, 0, 1], theta[:, 1, 0] = draw(0.10), draw(0.05)
     theta[:, 0, 2], theta[:, 1, 2] = draw(0.04), draw(0.06)
-    grid = nn.functional.affine_grid(theta, list(pictures.shape), align_corners=False)
-    moved = nn.functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    grid = nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
+    moved = nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
     contrast = (1 + draw(0.15))[:, None, None, None]
-    noise = torch.from_numpy(rng.normal(0, 0.1, pictures.shape)).float()
+    noise = torch.from_numpy(rng.normal(0, 0.1, images.shape)).float()
     return moved * contrast + noise
 
 

