@@ -26,9 +26,9 @@ import torch
 
 from prx_post.base.ranks import Ranks
 from prx_post.evaluation.config import EvalConfig
+from prx_post.evaluation.gallery import Gallery, draw
 from prx_post.evaluation.jobs import Job, read_jobs
 from prx_post.evaluation.metrics import paired_difference
-from prx_post.evaluation.gallery import Gallery, draw
 from prx_post.evaluation.scoring import open_rewards, score
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.tiny.datasets import prompt_set, write_prompts

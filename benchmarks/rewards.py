@@ -78,9 +78,7 @@ def main() -> None:
             reward = registry.load(name, weights=str(folder), device="cpu", batch_size=options.batch)
             rows.append(compare(name, reward, options.rounds, options.images))
             print(rows[-1], flush=True)
-    rows.append(
-        compare("jpeg_compressibility", registry.load("jpeg_compressibility"), options.rounds, options.images)
-    )
+    rows.append(compare("jpeg_compressibility", registry.load("jpeg_compressibility"), options.rounds, options.images))
     print(f"\n| scorer | images/s in batches of {options.batch} | one by one | ratio | scores differ by |")
     print("|---|---|---|---|---|")
     print("\n".join(rows))

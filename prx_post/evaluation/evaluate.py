@@ -24,9 +24,9 @@ from prx_post.base.files import FolderLock, make_folder, require_empty, write_by
 from prx_post.base.parsing import parse
 from prx_post.base.ranks import Ranks, launched_ranks
 from prx_post.evaluation.config import EvalConfig
+from prx_post.evaluation.gallery import Gallery, draw
 from prx_post.evaluation.jobs import Job, read_jobs
 from prx_post.evaluation.metrics import Estimate, win_share
-from prx_post.evaluation.gallery import Gallery, draw
 from prx_post.evaluation.report import write_report
 from prx_post.evaluation.scoring import Scores, compare, measure, open_encoders, open_rewards, reference_paths, score
 from prx_post.evaluation.summary import Slice, slices

@@ -12,8 +12,8 @@ from PIL import Image
 
 from prx_post.base.files import write_bytes
 from prx_post.evaluation import charts
-from prx_post.evaluation.jobs import Job
 from prx_post.evaluation.gallery import Gallery
+from prx_post.evaluation.jobs import Job
 from prx_post.evaluation.scoring import Scores
 from prx_post.evaluation.summary import KINDS, Slice
 

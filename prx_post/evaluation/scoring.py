@@ -14,9 +14,9 @@ from prx_post.data.images import decode
 from prx_post.evaluation.config import EvalConfig
 from prx_post.evaluation.distances import diversity, frechet_estimate, mmd_estimate
 from prx_post.evaluation.features import NEEDS_REFERENCE, Encoder, MetricSpec, encode, open_encoder
+from prx_post.evaluation.gallery import Gallery
 from prx_post.evaluation.jobs import Job
 from prx_post.evaluation.metrics import Estimate
-from prx_post.evaluation.gallery import Gallery
 from prx_post.model.sampler import default_device
 from prx_post.rewards.cache import CachedReward, ScoreCache
 from prx_post.rewards.judges.pairwise import PairwiseJudge

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import PARTIAL, FolderLock, make_folder, write_bytes, write_jsonl
 from prx_post.base.settings import doc, require
-from prx_post.recipes.download import EXTENSIONS, Fetcher, Limits, Fetched
+from prx_post.recipes.download import EXTENSIONS, Fetched, Fetcher, Limits
 from prx_post.recipes.manifest import Entry, Journal, by_reason, damage, read_manifest, verify
 from prx_post.recipes.tables import TableConfig, open_table
 from prx_post.recipes.urls import FetchError

@@ -13,7 +13,7 @@ import pytest
 from prx_post.base.net import is_public
 from prx_post.recipes.download import Fetcher, Limits
 from prx_post.recipes.urls import FetchError, parse_url, redirected
-from tests.misbehaving import Server, endless, encoded_image, response, sends
+from tests.misbehaving import Server, encoded_image, endless, response, sends
 
 QUICK = Limits(max_bytes=50_000, max_pixels=10_000, max_redirects=3, connect_s=1.0, read_s=0.3, total_s=1.0)
 

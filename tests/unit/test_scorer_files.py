@@ -176,7 +176,9 @@ def test_side_files_that_are_damaged_are_named(copy_of):
                 registry.load(name, weights=str(folder), device="cpu")(sample_images(), PROMPTS)
     (folder.parent / "image_reward" / "med_config.json").write_text("{}")
     with pytest.raises(PrxPostError, match="has no 'vocab_size'"):
-        registry.load("image_reward", weights=str(folder.parent / "image_reward"), device="cpu")(sample_images(), PROMPTS)
+        registry.load("image_reward", weights=str(folder.parent / "image_reward"), device="cpu")(
+            sample_images(), PROMPTS
+        )
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "image_reward"])

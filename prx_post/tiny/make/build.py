@@ -23,8 +23,8 @@ from prx_post.model.text import save_text_encoder
 from prx_post.stages.run import run
 from prx_post.stages.sft.config import SFTConfig
 from prx_post.tiny.datasets import PRETRAIN_SIZE, PRETRAIN_WRONG_CAPTIONS, pretraining_images, write_parquet
-from prx_post.tiny.make import autoencoder, judge, language
 from prx_post.tiny.handwriting import HEIGHT, WIDTH
+from prx_post.tiny.make import autoencoder, judge, language
 
 JUDGE_STEPS, LANGUAGE_STEPS, AUTOENCODER_STEPS = 3000, 1200, 3000
 PRETRAIN_STEPS = 2200
