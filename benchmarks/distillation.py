@@ -5,7 +5,7 @@
 
 Each variant is a run of `prx-post distill` with as many optimizer steps as fit in the budget, by its own speed over its
 first steps; evaluations and the teacher's latents, which all share, are not counted. Finished variants are kept in
-the folder, so that a broken-off benchmark goes on. The last averaged student of each draws 2 × 180 images of held-out
+the folder, so that a interrupted benchmark goes on. The last averaged student of each draws 2 × 180 images of held-out
 validation numbers, without guidance: how often OCR reads the number asked for, the held-out judge's word, and the
 Fréchet distance (judge features) to the teacher's images of the same prompts.
 """

@@ -26,7 +26,7 @@ import torch
 
 from prx_post.base.ranks import Ranks
 from prx_post.evaluation.config import EvalConfig
-from prx_post.evaluation.gallery import Gallery, draw
+from prx_post.evaluation.gallery import Gallery, fill
 from prx_post.evaluation.jobs import Job, read_jobs
 from prx_post.evaluation.metrics import paired_difference
 from prx_post.evaluation.scoring import open_rewards, score
@@ -74,7 +74,7 @@ def intervals(folder: Path, checkpoint: str | None, seeds: int, trials: int) -> 
     jobs = read_jobs(config)
     galleries = galleries_of(config)
     for gallery in galleries:
-        draw(gallery, jobs, config, Ranks())
+        fill(gallery, jobs, config, Ranks())
     scores = score(galleries, jobs, *open_rewards(config, jobs), Path(str(config.output_dir)), Ranks())
     clusters = [job.cluster for job in sorted(jobs, key=lambda job: job.index) if job.seed == 0]
     rng = np.random.default_rng(0)
@@ -133,7 +133,7 @@ def speed(root: Path, rounds: int, images: int) -> None:
         config = settings(folder, ["base=tiny"], 1, images, 30)
         jobs = read_jobs(config)
         (gallery,) = galleries_of(config)
-        draw(gallery, jobs, config, Ranks())
+        fill(gallery, jobs, config, Ranks())
         timing = gallery.timing()
         assert timing is not None
         batched.append(timing["images_per_second"])

@@ -93,7 +93,7 @@ def newcomer_run(model: str, data: Path, steps: int, batch: int) -> float:
 
 
 def overhead_share(model: str, data: Path, steps: int, batch: int, folder: Path) -> float:
-    """Share of the loop's time outside the objective's forward, backward, clipping and the optimizer's step."""
+    """Fraction of the loop's time outside the objective's forward, backward, clipping and the optimizer's step."""
     spent: dict[str, float] = defaultdict(float)
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -44,7 +44,7 @@ def sample_timesteps(
     uniform_fraction: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Training timesteps: logit-normal (Esser et al. 2024, eq. 19), a share of them uniform, then shifted.
+    """Training timesteps: logit-normal (Esser et al. 2024, eq. 19), a fraction of them uniform, then shifted.
 
     Args:
         mean, std: of the normal variable whose sigmoid is t.

@@ -96,7 +96,7 @@ def require_empty(output_dir: str | None) -> Path:
     if path.is_file() or (path.exists() and any(p.name not in TRACES for p in path.iterdir())):
         raise PrxPostError(
             f"output_dir is {str(output_dir)!r}, but must be new or empty because nothing is overwritten. "
-            f"Choose another output_dir, move this one away, or go on with its run by resume_from_checkpoint: latest."
+            f"Choose another output_dir, move this one away, or resume its run by resume_from_checkpoint: latest."
         )
     return path
 

@@ -1,4 +1,4 @@
-"""The processes of a command, and how work is shared out among them."""
+"""The processes of a command, and how work is split among them."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence

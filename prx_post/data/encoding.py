@@ -119,7 +119,7 @@ def fill_cache(
     encoders: Encoders,
     ranks: Ranks = ALONE,
 ) -> list[BadRow]:
-    """Encode this process's share of what the cache lacks of `samples` and of the extra `prompts`.
+    """Encode this process's part of what the cache lacks of `samples` and of the extra `prompts`.
 
     Returns rows that could not be decoded.
 
@@ -177,7 +177,7 @@ def prepare(
     extra_prompts: Sequence[str] = (),
     ranks: Ranks = ALONE,
 ) -> tuple[list[Sample], EncodedCache | None]:
-    """Scan the rows and, unless `cache: none`, bring the cache up to date; every process does its share.
+    """Scan the rows and, unless `cache: none`, bring the cache up to date; every rank does its part.
 
     Raises:
         DataError: too many rows are bad, or none is left; they are listed in `bad_rows_path`.

@@ -78,9 +78,9 @@ class MixedPlan:
         of_second = round(second_fraction * global_batch_size)
         sets = [(0, first, global_batch_size - of_second, seed), (first, second, of_second, seed + 2**40)]
         self._sets = [
-            (offset, share, DrawPlan(["all"] * count, share, own_seed, num_steps))
-            for offset, count, share, own_seed in sets
-            if share
+            (offset, part, DrawPlan(["all"] * count, part, own_seed, num_steps))
+            for offset, count, part, own_seed in sets
+            if part
         ]
 
     def draws(self, step: int, positions: Iterable[int]) -> list[Draw]:
@@ -88,9 +88,9 @@ class MixedPlan:
         return [self._draw(step, int(order[position])) for position in positions]
 
     def _draw(self, step: int, place: int) -> Draw:
-        for offset, share, plan in self._sets:
-            if place < share:
+        for offset, part, plan in self._sets:
+            if place < part:
                 (draw,) = plan.draws(step, [place])
                 return Draw(draw.index + offset, draw.seed)
-            place -= share
+            place -= part
         raise IndexError(place)

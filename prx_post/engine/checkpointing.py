@@ -1,11 +1,11 @@
 """Checkpoints to resume from: written beside their place by a thread, flushed, renamed; checked when read.
 
     output_dir/checkpoint-000500/
-      rank-00000.safetensors   a share of the weights, the optimizer's moments and the averages, whole and by name,
+      rank-00000.safetensors   this rank's part of weights, optimizer moments and averages, whole and by name,
                                and this rank's random state and unlogged sums
       state.json               step, settings, data digest; size and sha256 of every file, and of itself
 
-Every rank writes a share, so `output_dir` must be on a disk that all of them see. Ranks meet in the file system, not in
+Every rank writes a part, so `output_dir` must be on a disk that all of them see. Ranks meet in the file system, not in
 a collective: rank 0 waits for the others' files before it renames the folder, while training goes on.
 """
 
@@ -157,7 +157,7 @@ def select_checkpoint(resume_from: str | None, output_dir: Path, past_damage: bo
                 ) from error
             if not past_damage:
                 raise DamagedCheckpoint(
-                    f"{error} To go on from {older.name} instead, set resume_past_damage: true."
+                    f"{error} To resume from {older.name} instead, set resume_past_damage: true."
                 ) from error
             tqdm.write(f"warning: {error} Going on from {older.name}.")
     return None
@@ -174,7 +174,7 @@ def _verified(folder: Path) -> SavedState:
 
 
 class CheckpointWriter:
-    """Writes this rank's share of each checkpoint in a thread. One checkpoint is under way at a time."""
+    """Writes this rank's part of each checkpoint in a thread. One checkpoint is under way at a time."""
 
     def __init__(self, output_dir: Path, rank: int, world_size: int, keep: int | None, timeout_s: float) -> None:
         self.output_dir, self.rank, self.world_size = output_dir, rank, world_size
@@ -215,7 +215,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the checkpoint under way be completed, whatever ended the training; a lost rank's share never comes."""
+        """Let the checkpoint under way be completed, whatever ended the training; a lost rank's part never comes."""
         if self._thread is not None:
             self._thread.join(None if self.world_size == 1 else LAST_WAIT_S)
 
@@ -239,13 +239,13 @@ class CheckpointWriter:
         whole = checkpoints(self.output_dir)
         return CheckpointWriteError(
             f"checkpoint-{step:06d} needs {needed / 2**30:.2f} GiB in {self.output_dir}, but {reason}. Free some space"
-            + (f" and go on from {whole[-1].name} (resume_from_checkpoint: latest)." if whole else ".")
+            + (f" and resume from {whole[-1].name} (resume_from_checkpoint: latest)." if whole else ".")
         )
 
     def _run(self, tensors: dict[str, Tensor], info: dict[str, Any], needed: int) -> None:
         partial = self.output_dir / f".checkpoint-{info['step']:06d}.partial"
         try:
-            self._write_share(partial, tensors)
+            self._write_part(partial, tensors)
             if self.rank == 0:
                 self._complete(partial, info)
         except (OSError, SafetensorError) as error:
@@ -254,7 +254,7 @@ class CheckpointWriter:
         except BaseException as error:  # carried to the main thread, which raises it
             self._error = error
 
-    def _write_share(self, partial: Path, tensors: dict[str, Tensor]) -> None:
+    def _write_part(self, partial: Path, tensors: dict[str, Tensor]) -> None:
         partial.mkdir(exist_ok=True)
         file = partial / _rank_file(self.rank)
         save_file(tensors, file)
@@ -262,7 +262,7 @@ class CheckpointWriter:
         write_json(partial / f"rank-{self.rank:05d}.json", {"bytes": file.stat().st_size, "sha256": file_sha256(file)})
 
     def _complete(self, partial: Path, info: dict[str, Any]) -> None:
-        files = {_rank_file(rank): self._await_share(partial, rank) for rank in range(self.world_size)}
+        files = {_rank_file(rank): self._await_parts(partial, rank) for rank in range(self.world_size)}
         info = {"format": FORMAT, **info, "world_size": self.world_size, "files": files}
         write_json(partial / "state.json", {**info, "sha256": _digest_of(info)})
         for rank in range(self.world_size):
@@ -273,7 +273,7 @@ class CheckpointWriter:
         for old in checkpoints(self.output_dir)[: -self.keep] if self.keep else []:
             _remove(old.rename(old.with_name(f".{old.name}.old")))
 
-    def _await_share(self, partial: Path, rank: int) -> dict[str, Any]:
+    def _await_parts(self, partial: Path, rank: int) -> dict[str, Any]:
         """Size and digest of another rank's file, once it is complete."""
         path = partial / f"rank-{rank:05d}.json"
         deadline = time.monotonic() + self.timeout_s

@@ -65,6 +65,6 @@ def launch(command: Sequence[str], args: Sequence[str], flags: dict[str, str]) -
     except SignalException as error:
         raise StopRequested(
             f"stopped by {error.sigval.name}, as were the processes, which save if they are in training. "
-            f"Go on with resume_from_checkpoint: latest."
+            f"Resume with resume_from_checkpoint: latest."
         ) from error
     return 0

@@ -50,7 +50,7 @@ def keep_global_batch(config: TrainConfig, saved: SavedState, world_size: int) -
     if wanted % per_micro_step:
         raise PrxPostError(
             f"per_device_train_batch_size is {config.per_device_train_batch_size} on {world_size} process(es), but "
-            f"must divide the {wanted} samples a step of {saved.folder}, which are kept. "
+            f"must divide the {wanted} samples per step of {saved.folder}, which are kept. "
             f"Choose a divisor of {wanted / world_size:g}."
         )
     config.gradient_accumulation_steps = wanted // per_micro_step
@@ -68,13 +68,13 @@ def collect(
     rank: int,
     world_size: int,
 ) -> dict[str, Tensor]:
-    """This rank's share of the state, copied to the CPU. A collective under ZeRO.
+    """This rank's part of the state, copied to the CPU. A collective under ZeRO.
 
     Args:
         buffers: of the trained modules, alike on all ranks.
         of_this_rank: by key; other ranks have other tensors under the same keys.
     """
-    share: dict[str, Tensor] = {}
+    part: dict[str, Tensor] = {}
     for i, (name, parameter) in enumerate(partition.parameters.items()):
         average = ema.of(parameter)
         whole = {f"model/{name}": partition.weight(name)}
@@ -82,11 +82,11 @@ def collect(
         if average is not None:
             whole[f"ema/{name}"] = join(parameter, average)
         if i % world_size == rank:
-            share |= {key: _copy(value) for key, value in whole.items()}
+            part |= {key: _copy(value) for key, value in whole.items()}
     if rank == 0:
-        share |= {f"buffers/{name}": _copy(value) for name, value in buffers.items()}
+        part |= {f"buffers/{name}": _copy(value) for name, value in buffers.items()}
     mine = random_state() | dict(of_this_rank)
-    return share | {key: _copy(value) for key, value in mine.items()}
+    return part | {key: _copy(value) for key, value in mine.items()}
 
 
 def _copy(value: Tensor) -> Tensor:

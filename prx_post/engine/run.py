@@ -150,7 +150,7 @@ def _peers_may_be_lost(config: TrainConfig, signals: StopSignals) -> Iterator[No
         raise PeerLost(
             f"rank {os.environ['RANK']} stops, because another process died or did not answer within "
             f"{config.ddp_timeout} s (ddp_timeout): {reason[:300]}. Look at the other ranks' output for the cause; "
-            f"go on with resume_from_checkpoint: latest."
+            f"resume with resume_from_checkpoint: latest."
         ) from error
 
 

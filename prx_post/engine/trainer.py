@@ -128,7 +128,7 @@ class Trainer:
         info, tensors = self.source.state()
         of_this_rank = {f"sums/{name}": value for name, value in window.sums.items()}
         of_this_rank |= {f"source/{name}": value for name, value in tensors.items()}
-        share = collect(self.partition, self.ema, self._buffers, of_this_rank, ranks.rank, ranks.world)
+        part = collect(self.partition, self.ema, self._buffers, of_this_rank, ranks.rank, ranks.world)
         state = {
             "nonfinite_in_a_row": self._nonfinite_in_a_row,
             "grad_norm": None if math.isnan(window.grad_norm) else window.grad_norm,
@@ -139,7 +139,7 @@ class Trainer:
         }
         batch = self.run.global_batch_size
         told = {"step": self.step, "global_batch_size": batch, "source": info, "trainer": state}
-        self._writer.save(share, {**told, "settings": self.run.settings, **self._identity})
+        self._writer.save(part, {**told, "settings": self.run.settings, **self._identity})
         self._saved_at = self.step
         window.excluded_s += time.perf_counter() - began
 
@@ -236,7 +236,7 @@ class Trainer:
             raise PrxPostError(
                 f"the gradient was not finite for {self._nonfinite_in_a_row} steps in a row (max_nonfinite_steps), the "
                 f"last of them {self.step}. Their rows and seeds are in {path}. If they look sound, lower "
-                f"learning_rate, and go on from the last checkpoint with resume_from_checkpoint: latest."
+                f"learning_rate, and resume from the last checkpoint with resume_from_checkpoint: latest."
             ).raised_by_all(ranks.is_main)
 
     def _write_metrics(self) -> dict[str, float]:
@@ -306,11 +306,11 @@ class Trainer:
         stop = self.run.agree(WRITE_FAILED if self._writer.has_failed else received)
         if stop == WRITE_FAILED:
             self._writer.check()
-            raise PrxPostError("another rank could not write its share; it says why").raised_by_all(is_main=False)
+            raise PrxPostError("another rank could not write its part; it says why").raised_by_all(is_main=False)
         return stop
 
     def _finish_saving(self) -> None:
-        """Until every rank's share of the last checkpoint is written. Raises on all ranks if one is not."""
+        """Until every rank's part of the last checkpoint is written. Raises on all ranks if one is not."""
         self._writer.join()
         self._agree(0)
 
@@ -318,7 +318,7 @@ class Trainer:
         self._finish_saving()
         raise StopRequested(
             f"stopped by {signal.Signals(number).name} after step {self.step}, which is saved. "
-            f"Go on with resume_from_checkpoint: latest."
+            f"Resume with resume_from_checkpoint: latest."
         ).raised_by_all(self.run.ranks.is_main)
 
     def _has_best(self) -> bool:

@@ -136,8 +136,8 @@ def _chart(
     left = max(34.0, 12 + CHARACTER * max(map(len, y_labels)))
 
     def x_of(number: int) -> float:
-        share = math.log2(number / evaluations[0]) / math.log2(evaluations[-1] / evaluations[0])
-        return left + INSET + share * (RIGHT - left - 2 * INSET)
+        fraction = math.log2(number / evaluations[0]) / math.log2(evaluations[-1] / evaluations[0])
+        return left + INSET + fraction * (RIGHT - left - 2 * INSET)
 
     def y_of(value: float) -> float:
         return BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP)

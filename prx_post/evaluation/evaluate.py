@@ -24,9 +24,9 @@ from prx_post.base.files import FolderLock, make_folder, require_empty, write_by
 from prx_post.base.parsing import parse
 from prx_post.base.ranks import Ranks, launched_ranks
 from prx_post.evaluation.config import EvalConfig
-from prx_post.evaluation.gallery import Gallery, draw
+from prx_post.evaluation.gallery import Gallery, fill
 from prx_post.evaluation.jobs import Job, read_jobs
-from prx_post.evaluation.metrics import Estimate, win_share
+from prx_post.evaluation.metrics import Estimate, win_fraction
 from prx_post.evaluation.report import write_report
 from prx_post.evaluation.scoring import Scores, compare, measure, open_encoders, open_rewards, reference_paths, score
 from prx_post.evaluation.summary import Slice, slices
@@ -52,14 +52,14 @@ def run(args: Sequence[str]) -> None:
 
 
 def evaluate(config: EvalConfig, judge_config: VisionJudgeConfig | None = None) -> dict[str, Any]:
-    """Draw, score, compare, report. Returns what results.json holds.
+    """Generate, score, compare, report. Returns what results.json holds.
 
     Args:
         judge_config: of a vision-language judge that compares checkpoints too, if its judge_url is set.
 
     Raises:
-        PrxPostError: something that the settings name is missing or unfit, before anything is drawn; a reward gives
-            no finite score or cannot be reached, after which what was drawn and scored is kept.
+        PrxPostError: something that the settings name is missing or unfit, before anything is generated; a reward gives
+            no finite score or cannot be reached, after which what was generated and scored is kept.
     """
     jobs = read_jobs(config)
     output_dir = _claimable(config)
@@ -80,7 +80,7 @@ def evaluate(config: EvalConfig, judge_config: VisionJudgeConfig | None = None) 
             _say_what_is_left_out(config, jobs, applies)
         ranks.wait()  # until the folders are there
         for gallery in galleries:
-            draw(gallery, jobs, config, ranks)
+            fill(gallery, jobs, config, ranks)
         ranks.wait()  # until every image is there
         scores = score(galleries, jobs, rewards, applies, output_dir, ranks)
         metrics = measure(galleries, jobs, reference, config, encoders, ranks)
@@ -100,7 +100,7 @@ def _judge(
     """Adds the judge's win rates to `overall`. Returns who judged, and what was asked and answered."""
     label, clusters = f"judge {model.rpartition('/')[2]}", [job.cluster for job in jobs]
     for name, wins in compare(galleries, jobs, judge, ranks).items():
-        overall.wins.setdefault(name, {})[label] = win_share(wins, clusters)
+        overall.wins.setdefault(name, {})[label] = win_fraction(wins, clusters)
     counts = ranks.gather([{**asdict(judge.counts), "position_bias": position_bias(judge.counts)}])
     return {"model": model, "identity": judge.identity, "counts_by_process": counts}
 
@@ -118,7 +118,7 @@ def _claim(folder: Path) -> Path:
 
 
 def _galleries(config: EvalConfig, output_dir: Path) -> list[Gallery]:
-    """One a checkpoint; checks its components by their JSON files, and that it can draw the size asked for."""
+    """One a checkpoint; checks its components by their JSON files, and that it can generate the size asked for."""
     galleries = []
     for spec in config.checkpoint_specs():
         pipeline = open_pipeline(spec.source)

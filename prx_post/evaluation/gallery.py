@@ -1,7 +1,7 @@
-"""The images of an evaluation on disk: drawn once, reused by a later run of the same settings.
+"""The images of an evaluation on disk: generated once, reused by a later run of the same settings.
 
-images/<checkpoint>/drawn.json                                what they were drawn with
-images/<checkpoint>/speed.jsonl                              a line a process and run: images, seconds
+images/<checkpoint>/drawn.json                                what they were generated with
+images/<checkpoint>/speed.jsonl                              a line per process and run: images, seconds
 images/<checkpoint>/<set>/<index>-seed<s>.png                 each with its settings in its metadata
 trajectories/<checkpoint>/<set>/<index>-seed<s>/<step>.png    the image expected at each step
 """
@@ -55,7 +55,7 @@ class Gallery:
         return [folder / f"{step:03d}.png" for step in range(self.spec.num_inference_steps)]
 
     def image(self, job: Job) -> Image.Image:
-        """The image of a job that has been drawn."""
+        """The image of a job that has been generated."""
         with Image.open(self.path(job)) as image:
             return image.convert("RGB")
 
@@ -69,11 +69,11 @@ class Gallery:
                 image.load()
                 text = getattr(image, "text", {})
         except (FileNotFoundError, UnidentifiedImageError, OSError, SyntaxError):
-            return False  # missing, or broken off in the middle: drawn again
+            return False  # missing, or incomplete: generated again
         return text.get("prompt") == job.prompt and text.get("seed") == str(job.noise_seed)
 
     def claim(self, config: EvalConfig) -> None:
-        """Note what the images are drawn with. Raises PrxPostError if some are there that were drawn with else."""
+        """Note what the images are drawn with. Raises PrxPostError if some are there that were generated with else."""
         make_folder(self.folder)
         path = self.folder / "drawn.json"
         weights = [self.pipeline.path / name for name in ("transformer", "scheduler", "vae")]
@@ -94,14 +94,14 @@ class Gallery:
         if differing:
             key = differing[0]
             raise PrxPostError(
-                f"output_dir is {str(self.output_dir)!r}, whose images of {self.spec.name} were drawn with {key} "
+                f"output_dir is {str(self.output_dir)!r}, whose images of {self.spec.name} were generated with {key} "
                 f"{drawn.get(key)!r}, but now {key} is {wanted.get(key)!r}. Choose another output_dir, or "
                 f"another name for the checkpoint."
             )
         write_bytes(path, (json.dumps(wanted, indent=2) + "\n").encode())
 
     def timing(self) -> dict[str, float] | None:
-        """`images_per_second` of all processes together and `seconds_per_image` of one; None if nothing was drawn."""
+        """`images_per_second` of all ranks together, `seconds_per_image` of one; None if nothing was generated."""
         path = self.folder / "speed.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         if not lines:
@@ -115,10 +115,10 @@ class Gallery:
         return {"images_per_second": round(rate, 3), "seconds_per_image": round(seconds / total, 4)}
 
 
-def draw(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, ranks: Ranks) -> None:
-    """Draw this process's share of the images that are missing, and the trajectories.
+def fill(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, ranks: Ranks) -> None:
+    """Generate this process's part of the images that are missing, and the trajectories.
 
-    Batches are the same however a run was broken off or shared out, so that the images are, to the bit.
+    Batches are the same however a run was interrupted or split, so that the images are, to the bit.
     """
     batches = [jobs[start : start + config.batch_size] for start in range(0, len(jobs), config.batch_size)]
     missing = [batch for batch in ranks.share(batches) if not all(gallery.has(job) for job in batch)]
@@ -136,7 +136,7 @@ def draw(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, ranks: Ranks
     embed = _Memo(encoders)
     count, seconds = 0, 0.0
     quiet = ranks.rank > 0
-    for batch in tqdm(missing, desc=f"drawing {spec.name}", unit="batch", disable=quiet):
+    for batch in tqdm(missing, desc=f"generating {spec.name}", unit="batch", disable=quiet):
         began = time.perf_counter()
         prompts, seeds = [job.prompt for job in batch], [job.noise_seed for job in batch]
         images = list(generate_images(sampler, embed, encoders.codec.decode, prompts, seeds, len(batch)))

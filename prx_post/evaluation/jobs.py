@@ -1,4 +1,4 @@
-"""What is drawn: prompts × seeds, and how results are grouped."""
+"""What is generated: prompts × seeds, and how results are grouped."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +78,8 @@ def spread_over_groups(rows: list[dict[str, Any]], count: int) -> list[int]:
     chosen: list[int] = []
     left = min(count, len(rows))
     for position, members in enumerate(sorted(groups.values(), key=len)):
-        share = min(len(members), left // (len(groups) - position))
-        places = (np.arange(share) + position / len(groups)) * len(members) / max(share, 1)
+        taken = min(len(members), left // (len(groups) - position))
+        places = (np.arange(taken) + position / len(groups)) * len(members) / max(taken, 1)
         chosen += [members[int(place)] for place in places]
-        left -= share
+        left -= taken
     return sorted(chosen)

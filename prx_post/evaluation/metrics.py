@@ -1,6 +1,6 @@
 """Statistics of scores: means, paired differences and win rates, with intervals. Pure numpy.
 
-Scores come in clusters (a number asked for in six forms, a prompt drawn from several seeds). Images of a cluster
+Scores come in clusters (a number asked for in six forms, a prompt with several seeds). Images of a cluster
 share what makes it hard, so intervals resample whole clusters, and none is given for fewer than MIN_CLUSTERS.
 """
 
@@ -51,38 +51,38 @@ def mean_estimate(
     return Estimate(value, float(low), float(high))
 
 
-def wilson_interval(share: float, count: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share out of `count` independent trials (Wilson 1927)."""
+def wilson_interval(fraction: float, count: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a fraction out of `count` independent trials (Wilson 1927)."""
     z2 = Z_95**2 / count
-    half = Z_95 * np.sqrt(share * (1 - share) / count + z2 / (4 * count))
-    centre = share + z2 / 2
+    half = Z_95 * np.sqrt(fraction * (1 - fraction) / count + z2 / (4 * count))
+    centre = fraction + z2 / 2
     return max(0.0, float((centre - half) / (1 + z2))), min(1.0, float((centre + half) / (1 + z2)))
 
 
 def win_rate(first: np.ndarray, second: np.ndarray, clusters: Sequence[Hashable] | None = None) -> Estimate:
-    """Share of pairs in which `second` scores higher, a tie counting half, with Wilson's interval.
+    """Fraction of pairs in which `second` scores higher, a tie counting half, with Wilson's interval.
 
     Args:
         first, second: scores [N] of the same prompts and seeds, in the same order.
     """
     _require_pairs(first, second)
-    return win_share((second > first) + 0.5 * (second == first), clusters)
+    return win_fraction((second > first) + 0.5 * (second == first), clusters)
 
 
-def win_share(wins: np.ndarray, clusters: Sequence[Hashable] | None = None) -> Estimate:
+def win_fraction(wins: np.ndarray, clusters: Sequence[Hashable] | None = None) -> Estimate:
     """Mean of wins [N] in [0, 1] with Wilson's interval.
 
     Wilson's number of trials is that of the pairs, divided by the design effect of their clusters (Kish 1965): the
-    variance of the share over clusters against that of independent pairs.
+    variance of the fraction over clusters against that of independent pairs.
     """
-    share, number = float(wins.mean()), len(wins)
+    fraction, number = float(wins.mean()), len(wins)
     clusters = range(number) if clusters is None else clusters
     sums, counts = _cluster_sums(wins, clusters)
     if len(sums) < MIN_CLUSTERS:
-        return Estimate(share)
-    variance = ((sums - share * counts) ** 2).sum() / number**2 * len(sums) / (len(sums) - 1)
-    trials = min(number, share * (1 - share) / variance) if variance > 0 else len(sums)
-    return Estimate(share, *wilson_interval(share, trials))
+        return Estimate(fraction)
+    variance = ((sums - fraction * counts) ** 2).sum() / number**2 * len(sums) / (len(sums) - 1)
+    trials = min(number, fraction * (1 - fraction) / variance) if variance > 0 else len(sums)
+    return Estimate(fraction, *wilson_interval(fraction, trials))
 
 
 def paired_difference(

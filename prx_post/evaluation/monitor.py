@@ -1,6 +1,6 @@
 """Validation while training: images of held-out prompts by the averaged weights, scored, compared and kept as sheets.
 
-Generating and scoring are shared out over the ranks by whole batches, so an image does not depend on their number.
+Generating and scoring are split over the ranks by whole batches, so an image does not depend on their number.
 """
 
 from collections.abc import Callable, Sequence
@@ -229,7 +229,7 @@ class ImageMonitor:
         self.run.ranks.on_main(write)
 
     def _measure(self, sampler: Sampler, reference: np.ndarray | None) -> Measured:
-        """Generate and score every job, each rank its share."""
+        """Generate and score every job, each rank its part."""
         jobs, ranks = self._jobs(), self.run.ranks
         images = self._generate(sampler, jobs)
 

@@ -49,7 +49,7 @@ def write_report(
     Args:
         summary: what results.json holds.
         parts: all images first, then each slice.
-        jobs: what every checkpoint drew; `scores` are in their order.
+        jobs: what every checkpoint generated; `scores` are in their order.
     """
     names = [gallery.spec.name for gallery in galleries]
     rewards = list(scores[names[0]])
@@ -77,7 +77,7 @@ def write_report(
 
 
 def histogram(reward: str, scores: Scores) -> dict[str, Any]:
-    """Shares of images by score, over bins that all checkpoints share; `curves` holds BINS shares each."""
+    """Fractions of images by score, over bins that all checkpoints use; `curves` holds BINS fractions each."""
     finite = {name: by_reward[reward][np.isfinite(by_reward[reward])] for name, by_reward in scores.items()}
     together = np.concatenate(list(finite.values()))
     low, high = float(together.min()), float(together.max())
@@ -93,8 +93,8 @@ def _outline(curves: dict[str, np.ndarray], peak: float) -> dict[str, str]:
     points = {}
     for name, curve in curves.items():
         corners = [(0.0, 80.0)]
-        for i, share in enumerate(curve):
-            height = 80 * (1 - float(share) / peak)
+        for i, fraction in enumerate(curve):
+            height = 80 * (1 - float(fraction) / peak)
             corners += [(240 * i / BINS, height), (240 * (i + 1) / BINS, height)]
         points[name] = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*corners, (240.0, 80.0)])
     return points

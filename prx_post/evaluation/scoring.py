@@ -182,11 +182,11 @@ def _image(path: Path) -> Image.Image:
     try:
         return decode(path.read_bytes())
     except OSError as error:
-        raise PrxPostError(f"{path} cannot be read as an image: {error}. Mend or remove it.") from error
+        raise PrxPostError(f"{path} cannot be read as an image: {error}. Replace or remove it.") from error
 
 
 def _features(encoder: Encoder, paths: Sequence[Path], ranks: Ranks) -> np.ndarray:
-    """Features [N, D] in the order of `paths`, each process encoding its share."""
+    """Features [N, D] in the order of `paths`, each rank encoding its part."""
     positions = list(ranks.share(range(len(paths))))
     own = encode(encoder, (_image(paths[i]) for i in positions)) if positions else np.zeros((0, 0))
     rows: list[tuple[int, np.ndarray]] = ranks.gather(list(zip(positions, own, strict=True)))

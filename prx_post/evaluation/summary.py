@@ -28,7 +28,7 @@ class Slice:
     differences: ByCheckpoint = field(default_factory=dict)
     """Of each later checkpoint to the first, on the same prompts and noise."""
     wins: ByCheckpoint = field(default_factory=dict)
-    """Share of images in which a later checkpoint scores higher than the first; a tie counts half."""
+    """Fraction of images in which a later checkpoint scores higher than the first; a tie counts half."""
 
 
 def slices(scores: Scores, jobs: Sequence[Job]) -> list[Slice]:

@@ -24,7 +24,7 @@ Embed = Callable[[str], Tensor]
 
 @dataclass
 class Sampler:
-    """Draws images from a transformer, many at a time, with and without guidance.
+    """Generates images from a transformer, many at a time, with and without guidance.
 
     The noise of an image is that of `torch.Generator().manual_seed(seed)`, so in float32 one image equals what
     PRXPipeline makes with that generator. (PRXPipeline itself fails on guided batches.) Whatever the transformer's

@@ -25,7 +25,7 @@ def discriminator_loss(
     Args:
         mismatched_logits: of real samples under others' prompts, which count as fakes (GAN-CLS, Reed et al. 2016).
             Without them nothing makes D ask whether a good image is one of the prompt.
-        mismatch_fraction: their share of the second term, which keeps its weight: were they added to it, calling
+        mismatch_fraction: their fraction of the second term, which keeps its weight: were they added to it, calling
             everything fake would be the cheapest answer.
     """
     real, fake = torch.relu(1 - real_logits.float()).mean(), torch.relu(1 + fake_logits.float()).mean()
@@ -44,7 +44,7 @@ def approximate_r1(real_logits: Tensor, perturbed_logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logit_metrics(real_logits: Tensor, fake_logits: Tensor, names: list[str]) -> Metrics:
-    """Mean logits, and the accuracy (share of tokens on their own side of 0), overall and of each head.
+    """Mean logits, and the accuracy (fraction of tokens on their own side of 0), overall and of each head.
 
     Args:
         names: of the K heads.

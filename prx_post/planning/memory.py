@@ -9,7 +9,7 @@ Weights are fp32 always, bf16 being autocast. P trained parameters in N processe
     ZeRO-3   1/N of everything, of the weights twice, and what is gathered
 
 What DeepSpeed holds besides was read from version 0.19.8 and measured (benchmarks/plan_memory.py); the places are named
-below. A checkpoint is copied to the host in shares of 1/N.
+below. A checkpoint is copied to the host in parts of 1/N.
 """
 
 from dataclasses import dataclass
@@ -43,12 +43,12 @@ def memory(run: DryRun, parallel: Parallel, has_ema: bool) -> Memory:
         run: of the same settings, accumulation included.
     """
     ema = FP32 * run.averaged_parameters if has_ema else 0
-    share = (FP32 * run.trained_parameters + run.optimizer + ema) // parallel.num_processes
+    per_rank = (FP32 * run.trained_parameters + run.optimizer + ema) // parallel.num_processes
     split = {0: _whole, 1: _zero_1_2, 2: _zero_1_2, 3: _zero_3}[parallel.zero_stage]
-    return split(run, parallel, ema, share)
+    return split(run, parallel, ema, per_rank)
 
 
-def _whole(run: DryRun, parallel: Parallel, ema: int, share: int) -> Memory:
+def _whole(run: DryRun, parallel: Parallel, ema: int, per_rank: int) -> Memory:
     state = run.weights + run.optimizer + ema
     step = run.gradients + run.step_temporaries
     if parallel.num_processes == 1:
@@ -63,20 +63,20 @@ def _whole(run: DryRun, parallel: Parallel, ema: int, share: int) -> Memory:
         activations=run.activations,
         buffers=0,
         peak=state + moving,
-        host=share,
+        host=per_rank,
     )
 
 
-def _zero_1_2(run: DryRun, parallel: Parallel, ema: int, share: int) -> Memory:
+def _zero_1_2(run: DryRun, parallel: Parallel, ema: int, per_rank: int) -> Memory:
     trained = FP32 * run.trained_parameters
     part = trained // parallel.num_processes
     # DeepSpeedZeroOptimizer.setup_buckets: made in every backward pass, let go of at its end
     buckets = FP32 * parallel.reduce_bucket_size * (2 if parallel.overlap_comm else 1)
-    state, host = run.weights + ema, share
+    state, host = run.weights + ema, per_rank
     optimizer = part + run.optimizer // parallel.num_processes
     if parallel.offload:
         # with the gradients, and a buffer in which updated weights are sent back
-        host, optimizer = share + optimizer + 2 * part, 0
+        host, optimizer = per_rank + optimizer + 2 * part, 0
     kept = 0 if parallel.offload else part
     if parallel.zero_stage == 1:
         backward = max(run.activations_and_gradients, run.gradients + part) + buckets
@@ -98,7 +98,7 @@ def _zero_1_2(run: DryRun, parallel: Parallel, ema: int, share: int) -> Memory:
     )
 
 
-def _zero_3(run: DryRun, parallel: Parallel, ema: int, share: int) -> Memory:
+def _zero_3(run: DryRun, parallel: Parallel, ema: int, per_rank: int) -> Memory:
     # The second 1/N is there although the weights are fp32 already: _create_fp32_partitions would share them, but it
     # compares a torch.device with a device's name, and these are never equal.
     count = parallel.num_processes
@@ -110,9 +110,9 @@ def _zero_3(run: DryRun, parallel: Parallel, ema: int, share: int) -> Memory:
     buffers = gathered + bucket + 2 * pending
     # initialize_optimizer_states: zeros as large as a whole sub-group, held until the first step has replaced them
     first = min(trained, FP32 * parallel.sub_group_size * count)
-    moments, copy, gradients, host = run.optimizer // count, part, part, share
+    moments, copy, gradients, host = run.optimizer // count, part, part, per_rank
     if parallel.offload:
-        host, moments, copy, gradients, first = share + moments + 3 * part, 0, 0, 0, 0
+        host, moments, copy, gradients, first = per_rank + moments + 3 * part, 0, 0, 0, 0
     weights = run.frozen + (run.weights - run.frozen) // count
     state = weights + copy + gradients + ema
     backward = max(first, moments) + run.activations + buffers

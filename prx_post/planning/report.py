@@ -15,7 +15,7 @@ from prx_post.planning.planner import Planner
 
 GIB = 2**30
 MARGIN = 0.1
-"""Share of a GPU that should stay free: its context, the libraries' workspaces and fragmentation are not planned."""
+"""Fraction of a GPU that should stay free: its context, the libraries' workspaces and fragmentation are not planned."""
 
 
 def gib(size: float) -> str:

@@ -100,6 +100,6 @@ def verify(folder: Path, path: Path) -> None:
         print(what)
     if damaged:
         raise PrxPostError(
-            f"{len(damaged)} of {len(ok)} images are damaged or missing. Run again without --verify to mend them."
+            f"{len(damaged)} of {len(ok)} images are damaged or missing. Run without --verify to fetch them anew."
         )
     print(f"{len(ok)} images in {folder} are what was fetched")

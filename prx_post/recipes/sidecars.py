@@ -28,7 +28,7 @@ class SidecarConfig(RecipeConfig):
     )
     caption_field: str = doc("Where a .json file holds the caption.", "caption")
     max_bad_fraction: float = doc(
-        "Write nothing when more than this share of the images cannot be used.", 0.05, between=(0, 1)
+        "Write nothing when more than this fraction of the images cannot be used.", 0.05, between=(0, 1)
     )
     overwrite: bool = doc("Replace a metadata.jsonl that is there.", False)
 
@@ -62,7 +62,7 @@ def run(config: SidecarConfig) -> None:
     if not rows or bad > config.max_bad_fraction * images:
         raise PrxPostError(
             f"{bad} of {images} images cannot be used, but max_bad_fraction is {config.max_bad_fraction}. "
-            f"Nothing was written to {metadata}. Mend them, or raise max_bad_fraction."
+            f"Nothing was written to {metadata}. Fix them, or raise max_bad_fraction."
         )
     write_jsonl(metadata, rows)
     print(f"{len(rows)} of {images} images are in {metadata}")

@@ -5,7 +5,7 @@
     output_dir/manifest.jsonl    what became of every row; a line is added as each row is done
 
 A row that is done is not fetched again as long as its file is what the manifest says. A permanent failure (404, no
-image, a refused address) is not tried again unless asked; what another try may mend is tried in every run.
+image, a refused address) is not tried again unless asked; what another try may fix is tried in every run.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class UrlListConfig(TableConfig):
     read_timeout_s: float = doc("Seconds between two pieces of an answer.", 20.0, above=0)
     total_timeout_s: float = doc("Seconds for a whole try, redirects included.", 120.0, above=0)
     max_lost_fraction: float = doc(
-        "Fail, keeping the images, when more than this share of the rows is lost.", 0.25, between=(0, 1)
+        "Fail, keeping the images, when more than this fraction of the rows is lost.", 0.25, between=(0, 1)
     )
     retry_failed: bool = doc("Try permanent failures of earlier runs again.", False)
     verify: bool = doc("Only check the files on disk against the manifest; fetch nothing.", False)
@@ -273,21 +273,23 @@ def _report(
 ) -> None:
     ok = [e for e in entries.values() if e.status == "ok"]
     lost = [entries[row.key] for row in rows if entries[row.key].status != "ok"]
-    share = len(lost) / len(rows)
+    fraction = len(lost) / len(rows)
     size_mb = sum(e.bytes or 0 for e in ok) / 1e6
-    print(f"{len(ok)} images ({size_mb:,.1f} MB) in {folder}; {len(lost)} of {len(rows)} lost ({share:.1%})")
+    print(f"{len(ok)} images ({size_mb:,.1f} MB) in {folder}; {len(lost)} of {len(rows)} lost ({fraction:.1%})")
     for line in by_reason(lost):
         print(line)
     if skipped:
         print(f"{len(skipped)} rows skipped:")
         for line in by_reason(skipped):
             print(line)
-    mendable = sum(not e.permanent for e in lost)
-    if mendable:
-        print(f"{mendable} of the lost may come back: run the same command again. All rows are in {folder / MANIFEST}.")
+    retryable = sum(not e.permanent for e in lost)
+    if retryable:
+        print(
+            f"{retryable} of the lost may come back: run the same command again. All rows are in {folder / MANIFEST}."
+        )
     if not ok:
         raise PrxPostError(f"none of {len(rows)} rows gave an image; {folder / MANIFEST} says why. Check the list.")
-    if share > config.max_lost_fraction:
+    if fraction > config.max_lost_fraction:
         raise PrxPostError(
             f"{len(lost)} of {len(rows)} rows are lost, but max_lost_fraction is {config.max_lost_fraction}. What was "
             f"found is in {folder} and can be used. Run again to retry, or raise max_lost_fraction."

@@ -1,4 +1,4 @@
-"""Scorers of images, one a file, and judges of pairs; in process, or served to other machines (service/)."""
+"""Scorers of images, one per file, and judges of pairs; in process, or served to other machines (service/)."""
 
 from prx_post.rewards.registry import load
 

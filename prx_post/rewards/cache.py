@@ -23,7 +23,7 @@ def image_digest(image: Image.Image) -> str:
 
 
 class ScoreCache:
-    """Scores by key in a folder of JSON-lines files, one a process that ever wrote; readable while being written.
+    """Scores by key in a folder of JSON-lines files, one per process that ever wrote; readable while being written.
 
     A line is written as soon as its score is known. A line torn by a kill is ignored, and its score computed again.
     """

@@ -59,7 +59,7 @@ class FunctionReward:
         except (TypeError, ValueError, RuntimeError) as error:
             raise PrxPostError(
                 f"the reward {self._name} returned {type(scores).__name__}, which is not a list of numbers: {error}. "
-                f"Mend the reward."
+                f"Fix the reward."
             ) from error
 
 
@@ -80,7 +80,7 @@ def load_function(target: str) -> FunctionReward:
     try:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
-        raise PrxPostError(f"rewards has {target!r}, whose file cannot be imported: {error}. Mend it.") from error
+        raise PrxPostError(f"rewards has {target!r}, whose file cannot be imported: {error}. Fix it.") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise PrxPostError(f"rewards has {target!r}, but {file_name} has no function {name}. Check the name.")

@@ -39,13 +39,13 @@ def checked(scores: Tensor, name: str, count: int) -> Tensor:
     """`scores` as fp32 on the CPU. Raises PrxPostError unless they are `count` finite numbers."""
     if scores.shape != (count,):
         shape = tuple(scores.shape)
-        raise PrxPostError(f"the reward {name} gave scores of shape {shape} for {count} images. Mend the reward.")
+        raise PrxPostError(f"the reward {name} gave scores of shape {shape} for {count} images. Fix the reward.")
     scores = scores.detach().float().cpu()
     if not torch.isfinite(scores).all():
         first = int((~torch.isfinite(scores)).nonzero()[0])
         raise PrxPostError(
             f"the reward {name} gave {scores[first].item()} for image {first} of {count}, but must give finite "
-            f"numbers. Mend the reward."
+            f"numbers. Fix the reward."
         )
     return scores
 

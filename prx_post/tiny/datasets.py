@@ -15,7 +15,7 @@ from prx_post.tiny.world import split_of_numbers
 
 PRETRAIN_SIZE = 24_000
 PRETRAIN_WRONG_CAPTIONS = 0.5
-"""Share of pretraining captions with a wrong digit. Web captions are wrong too; it makes the base mediocre."""
+"""Fraction of pretraining captions with a wrong digit. Web captions are wrong too; it makes the base mediocre."""
 CURATED_SIZE = 2_000
 CURATED_CANDIDATES = 4_000
 REFERENCE_SIZE = 1_000

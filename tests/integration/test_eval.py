@@ -300,7 +300,7 @@ def test_an_earlier_evaluation_is_left_alone(world, evaluated):
     before = (out / "results.json").read_bytes()
     with pytest.raises(PrxPostError, match="must be new or empty"):
         evaluate.run(flags(world, out.parent, "--checkpoints", "tiny"))
-    with pytest.raises(PrxPostError, match="were drawn with num_inference_steps 4, but now"):
+    with pytest.raises(PrxPostError, match="were generated with num_inference_steps 4, but now"):
         evaluate.run(flags(world, out, "--checkpoints", "plain=tiny?num_inference_steps=5"))
     assert (out / "results.json").read_bytes() == before
 

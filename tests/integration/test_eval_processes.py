@@ -1,4 +1,4 @@
-"""An evaluation shared out over two processes, and two at a time in one folder."""
+"""An evaluation split over two processes, and two at a time in one folder."""
 
 import json
 

@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_told_to(
     (error,) = [line for line in outcome.output.splitlines() if line.startswith("error: ")]
     assert f"checkpoint-000004/{file}" in error
     assert found in error
-    assert "To go on from checkpoint-000002 instead, set resume_past_damage: true" in error
+    assert "To resume from checkpoint-000002 instead, set resume_past_damage: true" in error
     told = sft_arguments(image_folder, warm_cache, half_done, resume_past_damage=True, save_total_limit=9)
     outcome = run_child(told, tmp_path / "log")
     assert outcome.returncode == 0, outcome.output[-3000:]

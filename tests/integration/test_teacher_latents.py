@@ -1,4 +1,4 @@
-"""The teacher's latents: made once, shared by runs, the same however the work is broken off or split."""
+"""The teacher's latents: made once, shared by runs, the same however the work is interrupted or split."""
 
 import json
 from pathlib import Path

@@ -49,7 +49,7 @@ class JudgeCounts:
 
 
 def position_bias(counts: JudgeCounts) -> float | None:
-    """Share in [0, 1] of the answers naming a winner that named the first place: ½ is fair. None if there are none.
+    """Fraction of the answers naming a winner that named the first place: ½ is fair. None if there are none.
 
     It has this meaning for a judge that was asked in both orders, as VisionJudge is.
     """
@@ -184,7 +184,7 @@ def compare_groups(
         len(asked),
     )
     if ((wins < 0) | (wins > 1)).any():
-        raise PrxPostError("the judge gave a number outside [0, 1], but must give probabilities. Mend the judge.")
+        raise PrxPostError("the judge gave a number outside [0, 1], but must give probabilities. Fix the judge.")
     p, i, j = torch.tensor(asked).unbind(1)
     first_wins_PGG = torch.full((len(prompts_P), size, size), 0.5)
     first_wins_PGG[p, i, j] = wins

@@ -30,9 +30,9 @@ from prx_post.rewards.judges.pairwise import Digests, JudgeCounts, check_pairs
 
 OPENAI_KEY = "OPENAI_API_KEY"
 RECENT_ANSWERS = 200
-"""Of so many last answers the unparsable share is taken: a server that breaks after a day of work is found, too."""
+"""Of so many last answers the unparsable fraction is taken: a server that breaks after a day of work is found, too."""
 MIN_ANSWERS = 20
-"""Fewer say nothing about the share."""
+"""Fewer say nothing about the fraction."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class VisionJudgeConfig:
         "Longest pause between tries, seconds, also where the server asks for more.", 60.0, at_least=0
     )
     judge_max_unparsable_fraction: float = doc(
-        f"Stop when more than this share of the last {RECENT_ANSWERS} answers (and {MIN_ANSWERS} or more) is none.",
+        f"Stop when more than this fraction of the last {RECENT_ANSWERS} answers (and {MIN_ANSWERS} or more) is none.",
         0.2,
         between=(0, 1),
     )
@@ -224,7 +224,7 @@ class VisionJudge:
     def _keep(self, question: Question, completion: Completion) -> float | None:
         """Count and cache a fresh answer. Raises PrxPostError if too many of the last ones were none.
 
-        One that is none is not cached: it is asked again by the next run, whose server may have been mended.
+        One that is none is not cached: it is asked again by the next run, whose server may have been fixed.
         """
         answer = parse_answer(completion.text or "")
         self.counts.asked += 1
@@ -233,9 +233,9 @@ class VisionJudge:
         if answer is not None and self._cache is not None:
             self._cache.put({self._key(question): answer})
         self._unparsable.append(answer is None)
-        share = sum(self._unparsable) / len(self._unparsable)
+        fraction = sum(self._unparsable) / len(self._unparsable)
         limit = self._config.judge_max_unparsable_fraction
-        if answer is None and len(self._unparsable) >= MIN_ANSWERS and share > limit:
+        if answer is None and len(self._unparsable) >= MIN_ANSWERS and fraction > limit:
             raise PrxPostError(
                 f"{sum(self._unparsable)} of the judge's last {len(self._unparsable)} answers are none, but at most "
                 f"{limit:.0%} may be because each counts as a tie. The last is {completion.shown!r}. Check judge_model "

@@ -96,7 +96,7 @@ def load_open_clip(weights: Path, vocabulary: Sequence[Path], reward: NetworkRew
 
 
 def cleaned(prompt: str) -> str:
-    """As open_clip cleans before tokenizing: broken Unicode mended, HTML entities resolved, white space joined."""
+    """As open_clip cleans before tokenizing: broken Unicode fixed, HTML entities resolved, white space joined."""
     import ftfy
 
     unescaped = html.unescape(html.unescape(ftfy.fix_text(prompt)))

@@ -196,10 +196,10 @@ class RemoteReward:
     def _checked_scores(self, scores: object, count: int) -> list[float]:
         if not isinstance(scores, list) or len(scores) != count:
             found = len(scores) if isinstance(scores, list) else type(scores).__name__
-            self._fail(f"answered {count} images with {found} scores. Mend the server")
+            self._fail(f"answered {count} images with {found} scores. Fix the server")
         for score in scores:
             if type(score) not in (int, float) or not math.isfinite(score):
-                self._fail(f"gave the score {score!r}, which is no finite number. Mend the server")
+                self._fail(f"gave the score {score!r}, which is no finite number. Fix the server")
         return [float(score) for score in scores]
 
     def _fail(self, what: str) -> NoReturn:

@@ -42,7 +42,7 @@ class RewardServeConfig:
     rewards: list[str] = doc(
         "Rewards to serve: names, name=weights, or path/to/module.py:function; separated by spaces or commas.", []
     )
-    reward_weights: list[float] | None = doc("Weights, one a reward; adds their weighted sum under the name sum.", None)
+    reward_weights: list[float] | None = doc("One per reward; adds their weighted sum under the name sum.", None)
     host: str = doc("Address to listen on; anything but this machine's loopback needs a token.", "127.0.0.1")
     port: int = doc("Port to listen on; 0 takes a free one, which is printed.", 8000)
     token_file: str | None = doc(

@@ -44,14 +44,14 @@ class TeacherConfig:
     cache: str = doc("`disk`, and nothing else: latents and embeddings are read from the cache.", "disk")
     cache_dir: str = doc("Folder of the cache.", "~/.cache/prx-post", resume="free")
     real_fraction: float = doc(
-        "Share of each batch that are real images, of dataset_name, not the teacher's.", 0.0, between=(0, 1)
+        "Fraction of each batch that are real images, of dataset_name, not the teacher's.", 0.0, between=(0, 1)
     )
     dataset_name: str | None = doc("Real images: an image folder, parquet, or a Hub id.", None)
     dataset_split: str = doc("Split to read.", "train")
     image_column: str = doc("Column with the images.", "image")
     prompt_column: str = doc("Column with the captions.", "prompt")
     max_bad_fraction: float = doc(
-        "Stop when more than this share of the real rows cannot be used.", 0.01, between=(0, 1)
+        "Stop when more than this fraction of the real rows cannot be used.", 0.01, between=(0, 1)
     )
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class DistillConfig(MonitorConfig):
     )
     renoise_std: float = doc("Standard deviation of that variable.", 1.0, above=0, resume="fixed")
     mismatch_fraction: float = doc(
-        "Share of real latents under another prompt of the batch among the discriminator's fakes; 0: none.",
+        "Fraction of real latents under another prompt of the batch among the discriminator's fakes; 0: none.",
         0.0,
         between=(0, 1),
     )
@@ -189,7 +189,7 @@ class DistillConfig(MonitorConfig):
             if weights is not None:
                 rule, reason = f"{steps} numbers, 0 or more, not all 0", f"num_inference_steps is {steps}"
                 ok = len(weights) == steps and all(0 <= w < math.inf for w in weights) and sum(weights) > 0
-                require(ok, name, weights, rule, reason, "Give one a step, from noise to data")
+                require(ok, name, weights, rule, reason, "Give one per step, from noise to data")
         reason, action = "it says for how long warmup_timestep_weights hold", "Set both, or neither"
         both = (self.timestep_warmup_steps > 0) == (self.warmup_timestep_weights is not None)
         require(both, "timestep_warmup_steps", self.timestep_warmup_steps, "set with the weights", reason, action)

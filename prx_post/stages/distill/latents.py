@@ -34,7 +34,7 @@ BATCHES_A_FILE = 16
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that the teacher draws, and the seed of the noise it begins with."""
+    """A prompt that the teacher generates, and the seed of the noise it begins with."""
 
     row: int
     text: str
@@ -96,9 +96,9 @@ def teacher_latents(
     ranks: Ranks,
     extra_prompts: Sequence[str] = (),
 ) -> tuple[list[Sample], EncodedCache]:
-    """Samples for training, made as far as they are missing, each process its share; embeddings too.
+    """Samples for training; missing latents and embeddings are computed, each rank its part.
 
-    What a broken-off run had made is kept. A latent does not depend on how many processes there are.
+    What a interrupted run had made is kept. A latent does not depend on how many processes there are.
 
     Args:
         sampler: makes the teacher's `Sampler` when a latent is missing.

@@ -50,7 +50,7 @@ def check_fit(student: PipelineFolder, teacher: PipelineFolder) -> None:
             if own.get(key) != other.get(key):
                 raise PrxPostError(
                     f"{student.source} has a {component} with {key} {own.get(key)}, but the teacher {teacher.source} "
-                    f"has {other.get(key)}: the teacher must understand what the student draws. Choose a teacher of "
+                    f"has {other.get(key)}: the teacher must understand what the student reads. Choose a teacher of "
                     f"the same kind."
                 )
 

@@ -64,7 +64,7 @@ class Distill(PipelineStage):
         return self.pipeline, self.teacher_pipeline
 
     def data(self, run: Run) -> Encoded:
-        """The teacher's latents, made as far as they are missing, and the real ones."""
+        """The teacher's latents, missing ones generated, and the real ones."""
         self._check_real_fraction(run)
         if self.teacher_config.teacher_guidance_scale <= 1 and run.ranks.is_main:
             print(

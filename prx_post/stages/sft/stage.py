@@ -69,7 +69,7 @@ class SFT(CaptionedStage):
 
     @torch.no_grad()
     def _validation_loss(self, run: Run, source: LatentSource, objective: Objective) -> float:
-        """Mean over the held-out rows, each at its own fixed t and noise; whole batches shared out over the ranks."""
+        """Mean over the held-out rows, each at its own fixed t and noise; whole batches split over the ranks."""
         size = self.config.per_device_train_batch_size
         by_size: dict[Any, list[int]] = {}
         for index, sample in enumerate(self.held_out):

@@ -102,7 +102,7 @@ def number_reading_batch(tokenizer, numbers: list[int], forms: list[str]) -> dic
 
 @torch.no_grad()
 def reading_accuracy(model: T5GemmaForConditionalGeneration, tokenizer) -> float:
-    """Share of held-out captions whose every answer token is right, teacher forced."""
+    """Fraction of held-out captions whose every answer token is right, teacher forced."""
     pairs = [(n, form) for n in split_of_numbers()["test"] for form in FORMS]
     batch = number_reading_batch(tokenizer, [n for n, _ in pairs], [form for _, form in pairs])
     predicted = model(**batch).logits.argmax(-1)
