@@ -6,6 +6,7 @@ A stage's settings are read and checked before torch is imported, so `--help` an
 import importlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from prx_post import __version__
 from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.base.parsing import parse
+from prx_post.engine.signals import StopRequested
 from prx_post.stages.registry import REGISTRY
 
 
@@ -62,6 +64,9 @@ LAUNCH_FLAGS = (
     *("--main_process_ip", "--main_process_port"),
 )
 
+SILENT_S = 30.0
+"""How long a rank stays whose error another prints: torchrun kills all ranks, that one too, when the first exits."""
+
 USAGE = """\
 usage: prx-post <command> [--config FILE] [--key value ...]
 
@@ -100,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = error.report()
         if line is not None:
             print(line, file=sys.stderr)
+        elif "TORCHELASTIC_RUN_ID" in os.environ and not isinstance(error, StopRequested):
+            time.sleep(SILENT_S)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted: no pipeline was written by this command", file=sys.stderr)

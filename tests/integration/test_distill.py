@@ -125,7 +125,8 @@ METHODS = [
     {"method": ["dmd2", "ladd"]},
     {"method": ["trajectory", "ladd"], "use_peft": True, "lora_r": 4, "lora_dropout": 0.2},
     {"method": ["dmd2"], "use_peft": True, "lora_r": 4, "velocity_weight": 0.1},
-    {"method": ["ladd"], "bf16": True, "gradient_checkpointing": True, "optim": "muon"},
+    # the heads have what AdamW takes beside Muon; of a full student Muon would take 2 s a step here
+    {"method": ["ladd"], "bf16": True, "gradient_checkpointing": True, "optim": "muon", "use_peft": True, "lora_r": 4},
 ]
 
 

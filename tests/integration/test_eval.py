@@ -310,7 +310,7 @@ def test_the_embedded_base_is_mediocre_at_numbers_but_writes_like_a_hand(tmp_pat
     evaluate.run(
         flags(
             *(world, tmp_path / "out", "--checkpoints", "tiny", "--num_prompts", 120, "--guidance_scale", 3),
-            *("--num_inference_steps", 28, "--batch_size", 40, "--rewards", "ocr_exact"),
+            *("--num_inference_steps", 14, "--batch_size", 40, "--rewards", "ocr_exact"),
         )
     )
     exact = json.loads((tmp_path / "out" / "results.json").read_text())["checkpoints"]["tiny"]["rewards"]["ocr_exact"]

@@ -23,7 +23,7 @@ def test_the_planned_peak_is_within_15_percent_of_the_measured_one(benchmark, tm
     batch = 24
     benchmark.make_pipeline(tmp_path / "pipeline", hidden=256, depth=4)
     benchmark.make_data(tmp_path / "data", count=batch, words=24)
-    settings = benchmark.settings_of(tmp_path, benchmark.CASES[case], batch, "run")
+    settings = {**benchmark.settings_of(tmp_path, benchmark.CASES[case], batch, "run"), "max_steps": 2}
     (found,) = benchmark.start(tmp_path, settings, count=1)
     planned = benchmark.estimate(settings, count=1).peak
     assert planned == pytest.approx(found["peak"] - found["baseline"], rel=0.15)
