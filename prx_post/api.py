@@ -2,10 +2,13 @@
 
 import dataclasses
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
+
 from prx_post.base.errors import ConfigError
-from prx_post.base.parsing import check_known, parse
+from prx_post.base.parsing import check_known, parse, read_yaml
 from prx_post.stages.registry import find
 
 
@@ -25,6 +28,7 @@ def train(stage: str, config: str | Path | None = None, **settings: Any) -> Path
     from prx_post.stages.run import run
 
     kinds = find(stage).configs()
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     fields = {kind: [f.name for f in dataclasses.fields(kind)] for kind in kinds}
     check_known(dict.fromkeys(settings, "in train()"), [name for names in fields.values() for name in names])
     given = {kind: {name: settings[name] for name in names if name in settings} for kind, names in fields.items()}
@@ -33,11 +37,11 @@ def train(stage: str, config: str | Path | None = None, **settings: Any) -> Path
     path = Path(config).expanduser()
     if not path.is_file():
         raise ConfigError(f"config is {str(config)!r}, but there is no such file. Check the path.")
+    values = read_yaml(path)
+    check_known({key: f"in {path}" for key in values if key != "env"}, [n for names in fields.values() for n in names])
     # what the file lacks may be among the settings, so they are completed before anything is checked
-    flags = [part for name, value in settings.items() for part in _flag(name, value)]
-    return run(stage, parse(kinds, ["--config", str(path), *flags], f"train({stage!r})"))
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    """A setting as the command line writes it."""
-    return [f"--{name}", *(str(one) for one in (value if isinstance(value, list) else [value]))]
+    with TemporaryDirectory() as folder:
+        whole = Path(folder) / path.name
+        whole.write_text(yaml.safe_dump({**values, **settings}, allow_unicode=True), encoding="utf-8")
+        configs = parse(kinds, ["--config", str(whole)], f"train({stage!r})")
+    return run(stage, configs)

@@ -16,7 +16,6 @@ from typing import Any
 from prx_post import __version__
 from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.base.parsing import parse
-from prx_post.engine.signals import StopRequested
 from prx_post.stages.registry import REGISTRY
 
 
@@ -105,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = error.report()
         if line is not None:
             print(line, file=sys.stderr)
-        elif "TORCHELASTIC_RUN_ID" in os.environ and not isinstance(error, StopRequested):
+        elif "TORCHELASTIC_RUN_ID" in os.environ and error.exit_code != os.EX_TEMPFAIL:
             time.sleep(SILENT_S)
         return error.exit_code
     except KeyboardInterrupt:

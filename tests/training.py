@@ -79,7 +79,7 @@ class NoMonitor:
     def is_best(self, metrics: dict[str, float]) -> bool:
         return False
 
-    def resume(self, evaluations: list[dict[str, Any]]) -> None:
+    def resume(self, evaluations: list[dict[str, Any]], logged: list[dict[str, Any]]) -> None:
         pass
 
 

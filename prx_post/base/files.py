@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     What stood at `path` is replaced (a folder only if it is empty). An error inside leaves nothing behind.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")  # containers may have equal pids
     try:
         yield partial
         flush(partial)

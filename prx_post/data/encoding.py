@@ -127,12 +127,17 @@ def fill_cache(
         PrxPostError: the disk has too little space, before anything is encoded.
     """
     wanted = {content_key(encoders.cleaner(p)): p for p in prompts} | {s.prompt_key: s.prompt for s in samples}
-    new_prompts = {key: prompt for key, prompt in wanted.items() if key not in cache.embeddings}
-    new_images = {s.image_key: s for s in samples if s.image_key not in cache.latents}
+    by_image = {s.image_key: s for s in samples}
+
+    def lacking() -> tuple[list[str], list[str]]:
+        return [k for k in wanted if k not in cache.embeddings], [k for k in by_image if k not in cache.latents]
+
+    # what one process sees, for all: others may see another run's files later or earlier
+    prompt_keys, image_keys = ranks.on_main(lacking)
+    new_prompts, new_images = {k: wanted[k] for k in prompt_keys}, {k: by_image[k] for k in image_keys}
     check_free_space(
         cache.latents.folder, _bytes_needed(encoders, list(new_prompts.values()), list(new_images.values()))
     )
-    ranks.wait()  # until every process has seen the same disk
     unreadable: dict[str, str] = {}
     quiet = ranks.rank > 0
 

@@ -99,7 +99,7 @@ class Monitor(Protocol):
     def is_due(self, step: int) -> bool: ...
 
     def validate(self, step: int) -> dict[str, float]:
-        """Metrics, alike on all ranks. Raises StopTraining with its reason."""
+        """Metrics, alike on all ranks. Raises StopTraining with its reason; or StopEarly, which is no failure."""
 
     def watch(self, step: int, metrics: dict[str, float]) -> None:
         """Look at a logged line. Raises StopTraining with its reason."""
@@ -107,8 +107,8 @@ class Monitor(Protocol):
     def is_best(self, metrics: dict[str, float]) -> bool:
         """Whether these are the best so far; the trainer then keeps the weights, for it knows how they are split."""
 
-    def resume(self, evaluations: list[dict[str, Any]]) -> None:
-        """Take up what earlier evaluations, a line each, have come to."""
+    def resume(self, evaluations: list[dict[str, Any]], logged: list[dict[str, Any]]) -> None:
+        """Take up what earlier evaluations and logged metrics, a line each, have come to."""
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -111,7 +111,7 @@ def open_run(config: TrainConfig, settings: dict[str, Any], rules: dict[str, Rul
         _check_folder(config, folder)
         make_folder(folder)
         lock = FolderLock(folder, leaves_file=True)
-        if config.resume_from_checkpoint == LATEST and (folder / "final").exists():
+        if (folder / "final").exists():
             _check_finished(config, folder)
             return None, True
         saved = select_checkpoint(config.resume_from_checkpoint, folder, config.resume_past_damage)
@@ -155,12 +155,17 @@ def _peers_may_be_lost(config: TrainConfig, signals: StopSignals) -> Iterator[No
 
 
 def _check_finished(config: TrainConfig, folder: Path) -> None:
-    """Raise PrxPostError if a finished run is asked for more steps than it had."""
+    """Raise PrxPostError if a finished run is asked for more steps than it was meant to have, or for earlier ones."""
+    if config.resume_from_checkpoint != LATEST:
+        raise PrxPostError(
+            f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, but the run in {folder} has finished, and "
+            f"its pipeline is not overwritten. Move {folder / 'final'} away, or choose another output_dir."
+        )
     for newest in checkpoints(folder)[-1:]:
-        done = open_checkpoint(newest).step
-        if config.max_steps > done:
+        meant = open_checkpoint(newest).info["settings"]["max_steps"]
+        if config.max_steps > meant:
             raise PrxPostError(
-                f"max_steps is {config.max_steps}, but the run in {folder} has finished with {done}. "
+                f"max_steps is {config.max_steps}, but the run in {folder} has finished with {meant}. "
                 f"Move its final folder away to train further, or start a new run from it."
             )
     tqdm.write(f"the run in {folder} has finished: there is nothing to do")

@@ -19,6 +19,10 @@ class StopTraining(PrxPostError):
     """A run that is not worth continuing. Its state is saved."""
 
 
+class StopEarly(StopTraining):
+    """More steps would gain nothing: the run ends as one that made all of them, and its pipeline is emitted."""
+
+
 class StopSignals:
     """While entered, a stop signal ends the preparation of data at once, and during training is noted in `received`.
 

@@ -30,7 +30,7 @@ LOG_IMAGE = {"tensorboard": _to_tensorboard, "wandb": _to_wandb}
 """How each tracker that takes images takes them."""
 
 
-EVALUATIONS = "evaluations.jsonl"
+EVALUATIONS, METRICS = "evaluations.jsonl", "metrics.jsonl"
 NAMED_RUNS = ("wandb", "trackio")
 """Trackers that take the run's name apart from the project's."""
 
@@ -53,7 +53,7 @@ class RunLog:
         accelerator, config = run.accelerator, run.config
         self.accelerator, self.output_dir = accelerator, run.output_dir
         self.is_main = accelerator.is_main_process
-        self.path = run.output_dir / "metrics.jsonl"
+        self.path = run.output_dir / METRICS
         name, first_step = config.run_name or run.output_dir.name, run.saved.step if run.saved else 0
         self.bar = tqdm(total=config.max_steps, desc=name, unit="step", disable=not self.is_main)
         if self.is_main:
@@ -77,15 +77,14 @@ class RunLog:
             kept = [line for line in lines if line["step"] <= step]
             if self.is_main and text:
                 write_jsonl(path, kept)
-        self.bar.update(step)
         return kept[-1] if kept else {"loss": None}
 
     def say(self, line: str) -> None:
         if self.is_main:
             self.bar.write(line)
 
-    def advance(self) -> None:
-        self.bar.update(1)
+    def advance(self, steps: int = 1) -> None:
+        self.bar.update(steps)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record `metrics` for optimizer step `step`; the bar shows the loss and images/s."""
@@ -98,23 +97,20 @@ class RunLog:
         self.accelerator.log(metrics, step=step)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Record what the monitor measured, and say it in one line."""
-        if self.is_main:
-            with (self.output_dir / EVALUATIONS).open("a") as file:
-                file.write(json_line({"step": step, **metrics}))
+        """Record what the monitor measured, and say it in one line; on the main process."""
+        with (self.output_dir / EVALUATIONS).open("a") as file:
+            file.write(json_line({"step": step, **metrics}))
         shown = ", ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
         self.say(f"step {step}: {shown}")
         self.accelerator.log(metrics, step=step)
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """What `evaluation` has recorded, a line each."""
-        path = self.output_dir / EVALUATIONS
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """What a file of lines has recorded."""
+        path = self.output_dir / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def image(self, step: int, name: str, image: Image.Image, info: PngInfo | None = None) -> None:
-        """Save a PNG under samples/ and hand it to the trackers that take images."""
-        if not self.is_main:
-            return
+        """Save a PNG under samples/ and hand it to the trackers that take images; on the main process."""
         folder = self.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}-{step:06d}.png"

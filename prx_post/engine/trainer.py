@@ -1,5 +1,6 @@
 """One loop for every stage: accumulate, clip, step, average, log, save, validate."""
 
+import copy
 import json
 import math
 import signal
@@ -21,14 +22,17 @@ from prx_post.engine.prefetch import Prefetched, can_pin
 from prx_post.engine.protocols import POLICY, Batch, Monitor, Objective, Source, to_device
 from prx_post.engine.resume import collect, restore, set_random_state
 from prx_post.engine.run import Run
-from prx_post.engine.signals import StopRequested, StopTraining
+from prx_post.engine.signals import StopEarly, StopRequested, StopTraining
 from prx_post.engine.stepper import Stepper
-from prx_post.engine.tracking import RunLog
+from prx_post.engine.tracking import EVALUATIONS, METRICS, RunLog
 
 WRITE_FAILED = 1000
 """Told to other ranks in the place of a signal's number."""
-LINES = ("nonfinite.jsonl", "evaluations.jsonl", "metrics.jsonl")
+NONFINITE = "nonfinite.jsonl"
 BEST, BEST_MARK = "best.safetensors", "best.json"
+VALIDATED = "validated.json"
+"""The last step whose validation is complete: one that was interrupted is made again."""
+SourceState = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 class Trainer:
@@ -52,8 +56,8 @@ class Trainer:
         identity: dict[str, Any],
     ) -> None:
         self.run, self.config, self.monitor, self.log, self._identity = run, run.config, monitor, log, identity
-        self._unwrapped, self._buffers = objective, _buffers(objective)
         self.stepper = Stepper(run.accelerator, objective, self.config)
+        self._unwrapped, self._buffers = objective, _buffers(objective)  # now that they are on their device
         self.objective, self.partition = self.stepper.objective, self.stepper.partition
         self._policy = {name: p for name, p in self.partition.parameters.items() if group_of(name) == POLICY}
         self.ema = EMA(self._policy.values(), self.config.ema_decay, self.config.ema_update_steps)
@@ -87,7 +91,10 @@ class Trainer:
             self._window.resume(sums, counts, state["window_images"])
 
     def fit(self) -> dict[str, Any]:
-        """Run up to `max_steps` optimizer steps. Returns the last logged metrics.
+        """Run up to `max_steps` optimizer steps, or until the monitor finds no more gain.
+
+        Returns:
+            The last logged metrics; `step`, how many were made; `best`, the step and metrics of the best that was kept.
 
         Raises:
             StopRequested: a signal asked for it; a checkpoint was saved.
@@ -96,13 +103,16 @@ class Trainer:
         """
         config = self.config
         self.run.ranks.on_main(self._clean_up)
-        last = self.log.keep_until(self.step, *LINES)
-        self.monitor.resume(self.log.evaluations() if self._has_best() else [])
+        is_validated = self.step > 0 and self.run.ranks.on_main(self._validated_at) == self.step
+        self.log.keep_until(self.step if is_validated else self.step - 1, EVALUATIONS)
+        last = self.log.keep_until(self.step, NONFINITE, METRICS)
+        self.log.advance(self.step)
+        self._resume_monitor()
         self.run.signals.note_only()
         self._window.start()
         with self._writer:
             try:
-                if self.step == 0:
+                if not is_validated:
                     self._validate_if_due()
                 self.objective.train()
                 while self.step < config.max_steps:
@@ -113,19 +123,26 @@ class Trainer:
                     self._save_if_due_or_stopped()
                     self._validate_if_due()
                 self._finish_saving()
+            except StopEarly as reason:
+                self._finish_saving()
+                self.log.say(str(reason))
             finally:
                 if isinstance(self.source, Prefetched):
                     self.source.close()
         if self._nonfinite_in_a_row:
             self.log.say(f"warning: the last {self._nonfinite_in_a_row} steps were skipped: see nonfinite.jsonl")
-        return last
+        return {**last, "step": self.step, "best": self.run.ranks.on_main(self._best)}
 
-    def save(self) -> None:
-        """Copy the state to the host and begin to write it; training need not wait for the disk."""
+    def save(self, of_source: SourceState | None = None) -> None:
+        """Copy the state to the host and begin to write it; training need not wait for the disk.
+
+        Args:
+            of_source: its state, if it is not what it should be now.
+        """
         began = time.perf_counter()
         self._finish_saving()
         window, ranks = self._window, self.run.ranks
-        info, tensors = self.source.state()
+        info, tensors = of_source or self.source.state()
         of_this_rank = {f"sums/{name}": value for name, value in window.sums.items()}
         of_this_rank |= {f"source/{name}": value for name, value in tensors.items()}
         part = collect(self.partition, self.ema, self._buffers, of_this_rank, ranks.rank, ranks.world)
@@ -138,7 +155,7 @@ class Trainer:
             "micro_batches_per_step": self.config.gradient_accumulation_steps,
         }
         batch = self.run.global_batch_size
-        told = {"step": self.step, "global_batch_size": batch, "source": info, "trainer": state}
+        told = {"step": self.step, "global_batch_size": batch, "source": copy.deepcopy(info), "trainer": state}
         self._writer.save(part, {**told, "settings": self.run.settings, **self._identity})
         self._saved_at = self.step
         window.excluded_s += time.perf_counter() - began
@@ -148,7 +165,7 @@ class Trainer:
 
         Empty elsewhere. A collective under ZeRO.
         """
-        if self.monitor.keeps_best and self._has_best():
+        if self.monitor.keeps_best and self.run.ranks.on_main(self._best):
             return load_file(self.run.output_dir / BEST) if self.run.ranks.is_main else {}
         return self.averaged_weights()
 
@@ -177,7 +194,7 @@ class Trainer:
                 with stepper.autocast():
                     loss, metrics = self.objective(batch)
                 stepper.backward(loss)
-            seen.append(batch)
+            seen.append({"rows": batch["rows"], "seeds": batch["seeds"]})
             losses.append(loss.detach())
             images = len(batch["seeds"])
             window.add({"loss": losses[-1], **metrics, **batch.get("metrics", {})}, images=images)
@@ -198,8 +215,10 @@ class Trainer:
     def _fetched(self) -> Iterator[Batch]:
         """The step's batches, each on the device; the time that the loop waits for them is noted.
 
-        What goes wrong on one rank before the first of them is there ends the run on all, with the state saved.
+        What goes wrong on one rank before the first of them is there ends the run on all, with the state saved; of the
+        source that from before, for other ranks may be further.
         """
+        before = self.source.state()
         batches, is_first = self.source.batches(self.step), True
         while True:
             began = time.perf_counter()
@@ -209,7 +228,7 @@ class Trainer:
             except Exception as caught:  # raised again below, after the others know
                 error = caught
             if is_first and self.run.agree(int(error is not None)):
-                self._save_what_is_done()
+                self._save_what_is_done(before)
                 raise error or PrxPostError("another rank could not make its batch; it says why").raised_by_all(False)
             if error is not None:
                 raise error
@@ -222,7 +241,7 @@ class Trainer:
     def _record_nonfinite(self, seen: list[Batch], losses: list[Tensor]) -> None:
         """Write every process's samples of a skipped step to nonfinite.jsonl; stop after too many such steps."""
         self._nonfinite_in_a_row += 1
-        ranks, path = self.run.ranks, self.run.output_dir / "nonfinite.jsonl"
+        ranks, path = self.run.ranks, self.run.output_dir / NONFINITE
         mine = [
             {"step": self.step, "rank": ranks.rank, "loss": str(float(loss)), "rows": b["rows"], "seeds": b["seeds"]}
             for b, loss in zip(seen, losses, strict=True)
@@ -267,12 +286,17 @@ class Trainer:
         with self.ema.swapped_in():
             metrics = self.monitor.validate(self.step)
         self.objective.train()
-        if not metrics:
-            return
-        self.log.evaluation(self.step, metrics)
-        if self.monitor.is_best(metrics):
+        if metrics and self.monitor.is_best(metrics):
             self._keep_best(metrics)
-        self.monitor.watch(self.step, metrics)
+
+        def note() -> None:
+            if metrics:
+                self.log.evaluation(self.step, metrics)
+            write_json(self.run.output_dir / VALIDATED, {"step": self.step})
+
+        self.run.ranks.on_main(note)
+        if metrics:
+            self.monitor.watch(self.step, metrics)
 
     def _keep_best(self, metrics: dict[str, float]) -> None:
         weights = self.averaged_weights()
@@ -296,9 +320,9 @@ class Trainer:
                 error.raised_by_all(self.run.ranks.is_main)
             raise
 
-    def _save_what_is_done(self) -> None:
+    def _save_what_is_done(self, of_source: SourceState | None = None) -> None:
         if self.step and self.step != self._saved_at:
-            self.save()
+            self.save(of_source)
             self._finish_saving()
 
     def _agree(self, received: int) -> int:
@@ -316,13 +340,26 @@ class Trainer:
 
     def _stop(self, number: int) -> None:
         self._finish_saving()
+        done = f"after step {self.step}, which is saved" if self.step else "before the first step"
         raise StopRequested(
-            f"stopped by {signal.Signals(number).name} after step {self.step}, which is saved. "
-            f"Resume with resume_from_checkpoint: latest."
+            f"stopped by {signal.Signals(number).name} {done}. Resume with resume_from_checkpoint: latest."
         ).raised_by_all(self.run.ranks.is_main)
 
-    def _has_best(self) -> bool:
-        return self.run.ranks.on_main((self.run.output_dir / BEST).is_file)
+    def _best(self) -> dict[str, Any] | None:
+        """`step` and `metrics` of the best weights that were kept, on the main process."""
+        mark = self.run.output_dir / BEST_MARK
+        return json.loads(mark.read_text()) if mark.is_file() and (self.run.output_dir / BEST).is_file() else None
+
+    def _validated_at(self) -> int:
+        path = self.run.output_dir / VALIDATED
+        return json.loads(path.read_text())["step"] if path.is_file() else -1
+
+    def _resume_monitor(self) -> None:
+        """A best of which the weights are lost is none."""
+        best = self.run.ranks.on_main(self._best)  # for all ranks, once the main one has cut the files
+        is_lost = self.monitor.keeps_best and best is None
+        logged = self.log.lines(METRICS)
+        self.monitor.resume([] if is_lost else self.log.lines(EVALUATIONS), logged)
 
     def _clean_up(self) -> None:
         """What a killed run left behind: half a save, later checkpoints, a best of steps that are run again."""

@@ -18,7 +18,7 @@ from prx_post.base.errors import PrxPostError
 from prx_post.base.files import replacing
 from prx_post.data.prompts import read_prompt_rows
 from prx_post.engine.run import Run
-from prx_post.engine.signals import StopRequested, StopTraining
+from prx_post.engine.signals import StopEarly, StopRequested, StopTraining
 from prx_post.evaluation.distances import diversity, frechet_distance
 from prx_post.evaluation.features import Encoder, encode, open_encoder
 from prx_post.evaluation.jobs import SEED_STRIDE, spread_over_groups
@@ -142,14 +142,13 @@ class ImageMonitor:
     def watch(self, step: int, metrics: dict[str, float]) -> None:
         patience, name = self.config.early_stopping_patience, self.config.metric_for_best_model
         if patience and self._key(name) in metrics and self._evaluations_since_best >= patience:
-            raise StopTraining(
-                f"{name} has not been better than {self._best:.4g} for {patience} evaluations in a row "
-                f"(early_stopping_patience); stopped at step {step}. The best weights are in best.safetensors if "
-                f"load_best_model_at_end is set."
+            raise StopEarly(
+                f"stopped early at step {step}: {name} has not been better than {self._best:.4g} for {patience} "
+                f"evaluations in a row (early_stopping_patience)"
             )
         self._check_diversity(step, metrics)
 
-    def resume(self, evaluations: list[dict[str, Any]]) -> None:
+    def resume(self, evaluations: list[dict[str, Any]], logged: list[dict[str, Any]]) -> None:
         for line in evaluations:
             if self._key(self.config.metric_for_best_model) in line:
                 self._note(line)
@@ -186,8 +185,8 @@ class ImageMonitor:
         for num_steps in self.config.eval_num_inference_steps or []:
             self.sampler.num_inference_steps = num_steps
             measured = self._measure(self.sampler, self._features_to_compare(step, num_steps))
-            if self.reference is None and step == 0 and num_steps == steps_of_its_own:
-                self._keep_start(measured)
+            if self.reference is None and self._reference is None and num_steps == steps_of_its_own:
+                self._keep_start(measured, step)
             metrics |= {f"eval/{name}/{num_steps}_steps": value for name, value in measured.metrics.items()}
             columns.append((f"{num_steps} steps", measured.shown))
         self.sampler.num_inference_steps = steps_of_its_own
@@ -211,16 +210,18 @@ class ImageMonitor:
             kept = self.run.ranks.on_main(lambda: load_file(path) if path.is_file() else None)
             if kept is not None:
                 of_start = {name: value.item() for name, value in kept.items() if name != "features"}
-                self._reference = Measured(of_start, kept["features"].numpy())
+                features = kept["features"].numpy() if "features" in kept else None
+                self._reference = Measured(of_start, features)
         return None if self._reference is None else self._reference.features
 
-    def _keep_start(self, measured: Measured) -> None:
+    def _keep_start(self, measured: Measured, step: int) -> None:
         """So that a resumed run, whose policy has moved, still compares with the start."""
         self._reference = measured
-        if measured.features is None:
-            return
+        if step and self.run.log is not None:
+            self.run.log.say(f"the {self.reference_name} was not evaluated by this run: compared is with step {step}")
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in measured.metrics.items()}
-        tensors["features"] = torch.from_numpy(measured.features)
+        if measured.features is not None:
+            tensors["features"] = torch.from_numpy(measured.features)
 
         def write() -> None:
             with replacing(self.run.output_dir / START_FEATURES) as partial:
@@ -306,9 +307,10 @@ class ImageMonitor:
         self._write(step, name, Sheet(f"step {step}", [title for title, _ in columns], rows))
 
     def _write(self, step: int, name: str, sheet: Sheet) -> None:
+        """On the main process; if that fails, all know."""
         info = sheet.info(step=step, guidance_scale=self.sampler.guidance_scale, run=self.run.output_dir.name)
         if self.run.log is not None:
-            self.run.log.image(step, name, sheet.image(), info)
+            self.run.ranks.on_main(lambda: self.run.log.image(step, name, sheet.image(), info))
 
     def _check_diversity(self, step: int, metrics: dict[str, float]) -> None:
         own = metrics.get(f"eval/diversity/{self.config.num_inference_steps}_steps")

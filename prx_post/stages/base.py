@@ -207,8 +207,9 @@ class PipelineStage:
             example=next(iter(config.sample_prompts), ModelCard.example),
             config=run.settings,
             metrics={
-                "optimizer steps": config.max_steps,
+                "optimizer steps": metrics["step"],
                 "final training loss": "unknown" if loss is None else f"{loss:.4f}",
+                **_best_of(metrics["best"], config.metric_for_best_model),
             },
         )
 
@@ -230,6 +231,14 @@ class PipelineStage:
 
     def cache_size(self) -> Any:
         return None
+
+
+def _best_of(best: dict[str, Any] | None, metric: str | None) -> dict[str, Any]:
+    """What a card says of the best weights, which are those emitted."""
+    if best is None:
+        return {}
+    values = {name: value for name, value in best["metrics"].items() if f"/{metric}" in name}
+    return {"best weights": f"of step {best['step']}", **{name: f"{value:.4g}" for name, value in values.items()}}
 
 
 def _record_samples(run: Run, data: Encoded) -> str:

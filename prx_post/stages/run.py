@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from prx_post.base.errors import PrxPostError
 from prx_post.base.settings import rules_of
 from prx_post.engine.run import Run, open_run
 from prx_post.engine.tracking import RunLog, check_trackers
@@ -34,7 +35,16 @@ def run(name: str, configs: tuple[Any, ...]) -> Path:
 
 
 def _prepare(stage: Stage, run: Run) -> tuple[Trainer, Any]:
-    """The trainer, and the data that it trains on."""
+    """The trainer, and the data that it trains on.
+
+    Raises:
+        PrxPostError: the checkpoint is another stage's.
+    """
+    if run.saved is not None and run.saved.info["stage"] != stage.name:
+        raise PrxPostError(
+            f"{run.saved.folder} is of the stage {run.saved.info['stage']}, not {stage.name}. Choose another "
+            f"output_dir, and start from the pipeline that the other stage emits."
+        )
     data = stage.data(run)
     identity = {"stage": stage.name, **stage.identity(run, data)}
     run.seed()

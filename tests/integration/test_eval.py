@@ -120,7 +120,7 @@ def test_a_second_run_draws_and_scores_nothing_again_and_takes_a_further_checkpo
     evaluate.run(flags(world, out, "--checkpoints", "a=tiny", "b=tiny?guidance_scale=1", *common))
     assert sum(len(images) for images, _ in scored) == 12  # b's
     assert [path.stat().st_mtime_ns for path in files] == stamps
-    with pytest.raises(PrxPostError, match=r"drawn with guidance_scale 3\.0, but now guidance_scale is 2\.0"):
+    with pytest.raises(PrxPostError, match=r"generated with guidance_scale 3\.0, but now guidance_scale is 2\.0"):
         evaluate.run(flags(world, out, "--checkpoints", "a=tiny?guidance_scale=2", *common))
 
 

@@ -115,7 +115,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_and_says_what_it_needed
     assert outcome.returncode == 2
     needed = f"checkpoint-000006 needs {size / 2**30:.2f} GiB in {half_done}, but writing it failed"
     assert needed in outcome.output
-    assert "go on from checkpoint-000004" in outcome.output
+    assert "resume from checkpoint-000004" in outcome.output
     assert [p.name for p in checkpoints(half_done)] == ["checkpoint-000002", "checkpoint-000004"]
     assert not list(half_done.glob(".checkpoint*"))
     assert run_child(arguments, tmp_path / "log").returncode == 0
@@ -193,7 +193,7 @@ def test_settings_that_would_make_the_state_meaningless_cannot_change(image_fold
 
     with pytest.raises(PrxPostError, match="seed is 1, but must be 0 because .*checkpoint-000004 was saved with it"):
         resumed(seed=1)
-    with pytest.raises(PrxPostError, match="must divide the 4 samples a step"):
+    with pytest.raises(PrxPostError, match="must divide the 4 samples per step"):
         resumed(per_device_train_batch_size=3)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prx_post.engine.signals import StopTraining
+from prx_post.engine.signals import StopEarly, StopTraining
 from prx_post.evaluation.monitor import ImageMonitor, Judges
 from prx_post.stages.distill.monitor import StudentMonitor
 from tests.distilling import config
@@ -42,7 +42,7 @@ def test_metrics_without_the_chosen_one_are_no_best():
 
 def test_a_resumed_run_knows_the_best_so_far():
     made = monitor(**EVALUATED, eval_rewards=["ocr"], metric_for_best_model="ocr")
-    made.resume([{"step": 1, "eval/ocr/4_steps": 0.7}, {"step": 2, "eval/ocr/4_steps": 0.4}])
+    made.resume([{"step": 1, "eval/ocr/4_steps": 0.7}, {"step": 2, "eval/ocr/4_steps": 0.4}], [])
     assert verdicts(made, "ocr", [0.6, 0.75]) == [False, True]
 
 
@@ -55,7 +55,7 @@ def test_evaluations_without_a_new_best_end_the_run_after_the_patience():
     metrics = {"eval/ocr/4_steps": 0.1}
     made.is_best(metrics)
     made.watch(5, {"loss": 1.0})  # a line of training says nothing about it
-    with pytest.raises(StopTraining, match="ocr has not been better than 0.6 for 2 evaluations in a row.* at step 5"):
+    with pytest.raises(StopEarly, match="at step 5: ocr has not been better than 0.6 for 2 evaluations in a row"):
         made.watch(5, metrics)
 
 
@@ -66,8 +66,15 @@ def test_a_discriminator_must_be_perfect_in_a_row_and_after_its_warm_up():
     made = monitor(StudentMonitor, limits=LIMITS)
     for step, accuracy in ((1, 1.0), (2, 1.0), (3, 0.95), (4, 0.5), (5, 0.9)):
         made.watch(step, {"discriminator_accuracy": accuracy})
-    with pytest.raises(StopTraining, match="accuracy 0.930 .* in 2 logged windows in a row.* stopped at step 6"):
+    with pytest.raises(StopTraining, match="accuracy 0.9 or more .* in 2 logged windows in a row.* stopped at step 6"):
         made.watch(6, {"discriminator_accuracy": 0.93})
+
+
+def test_a_resumed_run_knows_how_long_the_discriminator_has_been_perfect():
+    made = monitor(StudentMonitor, limits=LIMITS)
+    made.resume([], [{"step": 3, "discriminator_accuracy": 0.5}, {"step": 4, "discriminator_accuracy": 0.95}])
+    with pytest.raises(StopTraining, match="stopped at step 5"):
+        made.watch(5, {"discriminator_accuracy": 0.91})
 
 
 def test_a_limit_of_one_never_stops():

@@ -10,7 +10,8 @@ import torch
 
 from prx_post.base.errors import PrxPostError
 from prx_post.engine.checkpointing import checkpoints, open_checkpoint
-from tests.training import NoMonitor, config, lines, trainer, weights
+from prx_post.engine.signals import StopEarly
+from tests.training import ListSource, NoMonitor, config, lines, trainer, weights
 
 
 def test_a_step_follows_the_gradient_of_each_weight(tmp_path):
@@ -140,3 +141,66 @@ def test_the_best_weights_are_kept_by_the_trainer_and_emitted(tmp_path):
     assert trained.emitted_weights()["w"].item() == pytest.approx(0.925)
     assert trained.averaged_weights()["w"].item() == pytest.approx(0.775)
     assert [line["score"] for line in lines(tmp_path, "evaluations.jsonl")] == [-1, -2, -3]
+
+
+def test_a_monitor_that_finds_no_more_gain_ends_the_run_as_if_it_were_whole(tmp_path):
+    """One step of 0.075 in four; what is emitted is its weight, and the state is saved."""
+
+    def watch(step, metrics):
+        raise StopEarly("no more gain")
+
+    trained = trainer(config(tmp_path, 4), [[(3.0, 4.0)]] * 4, NoMonitor(watch=watch))
+    assert trained.fit()["step"] == 1
+    assert trained.emitted_weights()["w"].item() == pytest.approx(0.925)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-000001"]
+
+
+def test_a_validation_that_was_interrupted_is_made_before_the_next_step(tmp_path):
+    """The best of step 2 would be lost otherwise; a validation that was complete is not made again."""
+    made, fails = [], {"now": True}
+
+    def validate(step):
+        made.append(step)
+        if step == 2 and fails.pop("now", False):
+            raise PrxPostError("interrupted")
+        return {"score": -step}
+
+    functions = {"is_due": lambda step: step in (1, 2), "validate": validate, "is_best": lambda m: m["score"] == -2}
+    settings, steps = config(tmp_path, 3, save_steps=2), [[(3.0, 4.0)]] * 3
+    with pytest.raises(PrxPostError, match="interrupted"):
+        trainer(settings, steps, NoMonitor(**functions)).fit()
+    again = trainer(settings, steps, NoMonitor(**functions))
+    again.resume(open_checkpoint(checkpoints(tmp_path)[0]))
+    assert again.fit()["best"] == {"step": 2, "metrics": {"score": -2}}
+    assert made == [1, 2, 2]
+    assert [line["step"] for line in lines(tmp_path, "evaluations.jsonl")] == [1, 2]
+    assert again.emitted_weights()["w"].item() == pytest.approx(0.85)
+    once_more = trainer(settings, steps, NoMonitor(**functions))
+    once_more.resume(open_checkpoint(checkpoints(tmp_path)[0]))
+    once_more.fit()
+    assert made == [1, 2, 2]
+
+
+def test_a_source_that_fails_is_saved_as_it_was_before_the_step(tmp_path):
+    """Other ranks may have moved on; a resumed run asks the source again."""
+
+    class Online(ListSource):
+        online = True
+        rollout = 0
+
+        def state(self):
+            return {"rollout": self.rollout}, {}
+
+        def load_state(self, info, tensors):
+            self.rollout = info["rollout"]
+
+        def batches(self, step):
+            self.rollout += 1
+            if step == 1:
+                raise PrxPostError("the reward has failed")
+            yield from super().batches(step)
+
+    trained = trainer(config(tmp_path, 3), [], source=Online([[(3.0, 4.0)]] * 3))
+    with pytest.raises(PrxPostError, match="the reward has failed"):
+        trained.fit()
+    assert open_checkpoint(checkpoints(tmp_path)[0]).info["source"] == {"rollout": 1}

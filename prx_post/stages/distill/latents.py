@@ -98,7 +98,7 @@ def teacher_latents(
 ) -> tuple[list[Sample], EncodedCache]:
     """Samples for training; missing latents and embeddings are computed, each rank its part.
 
-    What a interrupted run had made is kept. A latent does not depend on how many processes there are.
+    What an interrupted run had made is kept. A latent does not depend on how many processes there are.
 
     Args:
         sampler: makes the teacher's `Sampler` when a latent is missing.
@@ -123,11 +123,14 @@ def teacher_latents(
     cache = with_what_others_wrote(open_cache, [], keys, ranks)
     batch = config.teacher_batch_size
     batches = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
-    missing = [part for part in batches if any(p.latent_key not in cache.latents for p in part)]
+    # what one process sees, for all: others may see another run's files later or earlier
+    indices = ranks.on_main(
+        lambda: [i for i, part in enumerate(batches) if any(p.latent_key not in cache.latents for p in part)]
+    )
+    missing = [batches[i] for i in indices]
     if missing:
         channels, height, width = pipeline.latent_shape(*size)
         check_free_space(cache.latents.folder, 4 * channels * height * width * batch * len(missing))
-    ranks.wait()  # until every process has seen the same cache
     own = ranks.share(missing)
     if own:
         _make(own, cache, sampler(), quiet=ranks.rank > 0)

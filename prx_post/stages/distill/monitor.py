@@ -1,6 +1,7 @@
 """What ends a distillation early, besides collapse: a discriminator that is never wrong teaches nothing."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from prx_post.engine.signals import StopTraining
 from prx_post.evaluation.monitor import ImageMonitor
@@ -23,14 +24,23 @@ class StudentMonitor(ImageMonitor):
 
     def watch(self, step: int, metrics: dict[str, float]) -> None:
         super().watch(step, metrics)
+        self._count(step, metrics)
+        if self._saturated >= self.patience:
+            raise StopTraining(
+                f"the discriminator told real from fake with accuracy {self.max_accuracy:g} or more "
+                f"(max_discriminator_accuracy) in {self.patience} logged windows in a row, so the student learns "
+                f"nothing from it; stopped at step {step}. Lower discriminator_learning_rate, or raise renoise_mean or "
+                f"r1_weight."
+            )
+
+    def resume(self, evaluations: list[dict[str, Any]], logged: list[dict[str, Any]]) -> None:
+        super().resume(evaluations, logged)
+        for line in logged:
+            self._count(line["step"], line)
+
+    def _count(self, step: int, metrics: dict[str, Any]) -> None:
         accuracy = metrics.get("discriminator_accuracy")
         if accuracy is None:
             return
         is_perfect = self.max_accuracy < 1 and accuracy >= self.max_accuracy and step > self.warmup_steps
         self._saturated = self._saturated + 1 if is_perfect else 0
-        if self._saturated >= self.patience:
-            raise StopTraining(
-                f"the discriminator told real from fake with accuracy {accuracy:.3f} (max_discriminator_accuracy) in "
-                f"{self.patience} logged windows in a row, so the student learns nothing from it; stopped at step "
-                f"{step}. Lower discriminator_learning_rate, or raise renoise_mean or r1_weight."
-            )

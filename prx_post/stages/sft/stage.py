@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from prx_post.base.settings import require
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import Sample
 from prx_post.data.plan import Draw, stream
@@ -29,6 +30,9 @@ class SFT(CaptionedStage):
 
     def data(self, run: Run) -> Encoded:
         data = super().data(run)
+        count, rule = len(data.samples), f"below {len(data.samples)}"
+        reason, action = "other rows must be left to train on", "Lower it"
+        require(self.config.eval_rows < count, "eval_rows", self.config.eval_rows, rule, reason, action)
         shuffled = sorted(data.samples, key=lambda s: content_key(f"{self.config.seed} {s.image_key}"))
         self.held_out = tuple(shuffled[: self.config.eval_rows])
         kept_back = {sample.row for sample in self.held_out}
@@ -62,7 +66,7 @@ class SFT(CaptionedStage):
         loss = None
         if self.held_out:
             source = self.source(run, data, objective)
-            held_out = dataclasses.replace(source, samples=self.held_out, caption_dropout=0.0)
+            held_out = dataclasses.replace(source, samples=self.held_out, caption_dropout=0.0, arrange=None)
             loss = partial(self._validation_loss, run, held_out, objective)
         sampler = self.sampler(objective.policy, run)
         return ImageMonitor(run, self.config, sampler, data, **self.watched(data), validation_loss=loss)
@@ -78,7 +82,7 @@ class SFT(CaptionedStage):
 
         def loss_of(place: int) -> tuple[int, float]:
             indices = batches[min(place, len(batches) - 1)]
-            draws = [Draw(index, stream(self.config.seed, VALIDATION, index)) for index in indices]
+            draws = [Draw(index, stream(self.config.seed, VALIDATION, 0, index)) for index in indices]
             batch = to_device(source.batch(draws, 0), run.device)
             with torch.autocast(run.device.type, torch.bfloat16, enabled=self.config.bf16):
                 return place, float(objective(batch)[1]["velocity_mse"]) * len(indices)
