@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prx_post.base.settings import doc
 from prx_post.data.config import DataConfig
+from prx_post.data.source import timestep_and_noise
 from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup
 from prx_post.evaluation.monitor_config import MonitorConfig
 from prx_post.flow import interpolate
@@ -16,7 +17,6 @@ from prx_post.model.denoiser import predict_velocity
 from prx_post.model.frozen import AdapterOff, FrozenCopy, SlowAverage
 from prx_post.stages import registry
 from prx_post.stages.captioned import CaptionedStage
-from prx_post.stages.sft.objective import timestep_and_noise
 
 
 @dataclass

@@ -25,6 +25,8 @@ def test_there_are_configs():
         "prx-512/distill.yaml",
         "prx-512/distill-dc-ae.yaml",
         "prx-1024/distill.yaml",
+        "prx-512/dpo-pickapic.yaml",
+        "prx-512/dpo-pickapic-lora.yaml",
         "prx-512/eval.yaml",
         "prx-512/sft-alchemist.yaml",
         "prx-512/sft-alchemist-lora.yaml",

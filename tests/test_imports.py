@@ -89,7 +89,13 @@ def test_only_the_engine_imports_accelerate_or_deepspeed(path):
 LIGHT = {
     *("base/errors.py", "base/settings.py", "base/parsing.py", "base/files.py", "base/ranks.py", "base/net.py"),
     *("cli.py", "engine/config.py", "model/config.py", "data/config.py", "rewards/registry.py"),
-    *("stages/registry.py", "stages/sft/config.py", "stages/distill/config.py", "evaluation/monitor_config.py"),
+    *(
+        "stages/registry.py",
+        "stages/sft/config.py",
+        "stages/distill/config.py",
+        "stages/dpo/config.py",
+        "evaluation/monitor_config.py",
+    ),
 }
 """Files that are read before a command knows what it needs: at their top they import nothing that takes a second."""
 

@@ -34,11 +34,42 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(
-            (self.height is None) == (self.width is None),
-            "height",
-            self.height,
-            "set together with width",
-            f"width is {self.width!r}",
-            "Set both for one fixed size, or neither for aspect buckets",
-        )
+        check_size(self.height, self.width)
+
+
+@dataclass
+class PairConfig:
+    """Preference pairs: two images of one prompt, the first preferred; TRL's columns."""
+
+    dataset_name: str | None = doc(
+        "Preference pairs: a parquet file or a folder of them, an image folder, or a Hub id.",
+        None,
+        required=("a folder, a parquet file or a Hub id", "there is nothing to train on"),
+    )
+    dataset_split: str = doc("Split to read.", "train")
+    prompt_column: str = doc("Column with the prompts.", "prompt")
+    chosen_column: str = doc("Column with the preferred images.", "chosen")
+    rejected_column: str = doc("Column with the other images.", "rejected")
+    height: int | None = doc(
+        "Train at this height, pixels; null: aspect buckets of the checkpoint's size, by the chosen image.",
+        None,
+        above=0,
+    )
+    width: int | None = doc("Train at this width, pixels; set both or neither.", None, above=0)
+    skip_text_cleaning: bool = doc(
+        "Only light prompt cleaning, as the pipeline's flag of this name; use the same value at inference.", False
+    )
+    cache_dir: str = doc("Folder of the latent and embedding cache.", "~/.cache/prx-post", resume="free")
+    max_bad_fraction: float = doc(
+        "Stop when more than this fraction of the pairs cannot be used.", 0.01, between=(0, 1)
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_size(self.height, self.width)
+
+
+def check_size(height: int | None, width: int | None) -> None:
+    """Raise ConfigError unless both are set, or neither."""
+    reason, action = f"width is {width!r}", "Set both for one fixed size, or neither for aspect buckets"
+    require((height is None) == (width is None), "height", height, "set together with width", reason, action)

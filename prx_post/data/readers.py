@@ -1,9 +1,10 @@
 """A data set opened as rows: an image folder, parquet, MDS shards or the Hub; `datasets` does the reading."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prx_post.data.config import DataConfig
+from prx_post.data.config import DataConfig, PairConfig
 from prx_post.data.mds import MdsRows, mds_folder
 from prx_post.data.rows import DataError, ImageRows
 
@@ -14,34 +15,51 @@ def read_rows(config: DataConfig) -> ImageRows:
     Raises:
         DataError: it does not exist, lacks a column, or is empty.
     """
-    import datasets
-
     shards = mds_folder(Path(str(config.dataset_name)).expanduser(), config.dataset_split)
     if shards is not None:
         return _not_empty(MdsRows(shards, config), config)
+    dataset = open_dataset(config, ("image_column",))
+    return ImageRows(dataset, config.image_column, config.prompt_column)
+
+
+def open_dataset(config: DataConfig | PairConfig, image_fields: Sequence[str]) -> Any:
+    """A `datasets.Dataset` of the prompt column and of the columns that the settings `image_fields` name.
+
+    Cells of these are encoded images: {"bytes", "path"}.
+
+    Raises:
+        DataError: it does not exist, lacks a column, is empty, or a column holds something else.
+    """
+    import datasets
+
     dataset = _load(config)
-    for field_name, column in (("image_column", config.image_column), ("prompt_column", config.prompt_column)):
+    columns = {field: getattr(config, field) for field in (*image_fields, "prompt_column")}
+    for field, column in columns.items():
         if column not in dataset.column_names:
             raise DataError(
-                f"{field_name} is {column!r}, but {config.dataset_name} has only the columns "
-                f"{', '.join(dataset.column_names)}. {_column_hint(config, field_name)}"
+                f"{field} is {column!r}, but {config.dataset_name} has only the columns "
+                f"{', '.join(dataset.column_names)}. {_column_hint(config, field)}"
             )
+        same = [other for other in columns if other != field and columns[other] == column]
+        if same:
+            raise DataError(f"{field} is {column!r}, but so is {same[0]}. Choose another column for one of them.")
     if len(dataset) == 0:
         raise _no_rows(config.dataset_name)
-    dataset = dataset.select_columns([config.image_column, config.prompt_column])  # so that no other image is decoded
+    dataset = dataset.select_columns(list(columns.values()))  # so that no other image is decoded
     prompt_kind = getattr(dataset.features[config.prompt_column], "dtype", "lists")
     if prompt_kind not in ("string", "large_string"):
         raise DataError(
             f"prompt_column is {config.prompt_column!r}, which holds {prompt_kind}, "
             f"but must hold text. Choose another column."
         )
-    try:
-        dataset = dataset.cast_column(config.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:  # of datasets and of pyarrow
-        raise DataError(
-            f"image_column is {config.image_column!r}, which does not hold images: {error}. Choose another column."
-        ) from error
-    return ImageRows(dataset, config.image_column, config.prompt_column)
+    for field in image_fields:
+        try:
+            dataset = dataset.cast_column(columns[field], datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:  # of datasets and of pyarrow
+            raise DataError(
+                f"{field} is {columns[field]!r}, which does not hold images: {error}. Choose another column."
+            ) from error
+    return dataset
 
 
 def _not_empty(rows: ImageRows, config: DataConfig) -> ImageRows:
@@ -50,7 +68,7 @@ def _not_empty(rows: ImageRows, config: DataConfig) -> ImageRows:
     return rows
 
 
-def _column_hint(config: DataConfig, field_name: str) -> str:
+def _column_hint(config: DataConfig | PairConfig, field_name: str) -> str:
     folder = Path(str(config.dataset_name)).expanduser()
     captions = folder.is_dir() and not any(folder.rglob("metadata.*")) and not any(folder.rglob("*.parquet"))
     if field_name == "prompt_column" and captions:
@@ -65,7 +83,7 @@ def _no_rows(name: str | None) -> DataError:
     return DataError(f"dataset_name is {name!r}, which has no rows. Choose another data set or split.")
 
 
-def _load(config: DataConfig) -> Any:
+def _load(config: DataConfig | PairConfig) -> Any:
     import datasets
     import pyarrow.parquet as pq
 

@@ -13,10 +13,18 @@ from prx_post.data.encoding import EncodedCache, Encoders, Sample
 from prx_post.data.plan import Draw, Plan
 from prx_post.data.rows import ImageRows
 from prx_post.engine.protocols import Batch
+from prx_post.flow import sample_timesteps
 from prx_post.model.text import pad_embeddings
 
 Randomness = Callable[[int, Sequence[int], int], dict[str, Tensor]]
 """(seed of a draw, shape of its latents, step) -> everything random about it, by name; stacked to [B, ...]."""
+
+
+def timestep_and_noise(seed: int, shape: Sequence[int], step: int, **density: float) -> dict[str, Tensor]:
+    """What is random about a sample: `t`, a scalar, by the density of `flow.sample_timesteps`; `noise` of `shape`."""
+    generator = torch.Generator().manual_seed(seed)
+    (t,) = sample_timesteps(1, generator=generator, **density)
+    return {"t": t, "noise": torch.randn(*shape, generator=generator)}
 
 
 def no_randomness(seed: int, shape: Sequence[int], step: int) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
 """Losses: tensors in, (loss, metrics) out."""
 
-from prx_post.objectives import distillation, flow_matching, ladd
+from prx_post.objectives import distillation, dpo, flow_matching, ladd
 
-__all__ = ["distillation", "flow_matching", "ladd"]
+__all__ = ["distillation", "dpo", "flow_matching", "ladd"]

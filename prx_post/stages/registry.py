@@ -75,6 +75,7 @@ def _own(name: str, summary: str) -> Entry:
 REGISTRY: dict[str, Entry] = {
     "sft": _own("sft", "supervised fine-tuning: full or LoRA, flow matching"),
     "distill": _own("distill", "few-step students: trajectory regression, LADD, DMD2"),
+    "dpo": _own("dpo", "preference optimisation from pairs of images: DPO, IPO, hinge; full or LoRA"),
 }
 
 

@@ -10,6 +10,8 @@ import torch
 
 from prx_post.engine.metrics import Window
 from prx_post.model.checkpoint import load
+from prx_post.model.frozen import FrozenCopy
+from prx_post.stages.dpo.objective import PreferenceObjective
 from prx_post.stages.sft.objective import FlowMatchingObjective
 from tests import distilling
 
@@ -40,6 +42,15 @@ def test_sft(options):
     batch = distilling.batch()
     batch |= {"t": batch["ladd_t"]}
     step(FlowMatchingObjective(load("tiny").transformer.train(), 1e-4, **options), batch)
+
+
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_dpo(has_reference):
+    batch = distilling.batch()
+    batch |= {"t": batch["ladd_t"], "rejected": batch["latents"]}
+    reference = FrozenCopy(load("tiny").transformer.to("meta")) if has_reference else None
+    options = {"beta": 500.0, "label_smoothing": 0.1, "sft_weight": 0.1}
+    step(PreferenceObjective(load("tiny").transformer.train(), 1e-4, reference, **options), batch)
 
 
 @pytest.mark.parametrize("method", ["trajectory", "ladd", "dmd2"])

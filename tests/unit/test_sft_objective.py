@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from prx_post.data.source import timestep_and_noise
 from prx_post.flow import sample_timesteps
-from prx_post.stages.sft.objective import FlowMatchingObjective, immiscible, timestep_and_noise
+from prx_post.stages.sft.objective import FlowMatchingObjective, immiscible
 
 
 class Silent(torch.nn.Module):

@@ -1,14 +1,12 @@
 """Flow matching: x_t = (1 - t) x0 + t noise; the transformer's output is regressed onto noise - x0."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prx_post.data.immiscible import immiscible_order
 from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup
-from prx_post.flow import interpolate, sample_timesteps, velocity_target
+from prx_post.flow import interpolate, velocity_target
 from prx_post.model.denoiser import predict_velocity
 from prx_post.objectives.flow_matching import contrastive_term, flow_matching_loss, min_snr_weight
 
@@ -48,13 +46,6 @@ class FlowMatchingObjective(Objective):
         if self.contrastive_weight:
             loss = loss - self.contrastive_weight * contrastive_term(velocity, target)
         return loss, metrics
-
-
-def timestep_and_noise(seed: int, shape: Sequence[int], step: int, **density: float) -> dict[str, Tensor]:
-    """What is random about a sample: `t`, a scalar, by the density of `flow.sample_timesteps`; `noise` of `shape`."""
-    generator = torch.Generator().manual_seed(seed)
-    (t,) = sample_timesteps(1, generator=generator, **density)
-    return {"t": t, "noise": torch.randn(*shape, generator=generator)}
 
 
 def immiscible(batch: Batch) -> Batch:

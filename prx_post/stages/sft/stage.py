@@ -10,14 +10,14 @@ from prx_post.base.settings import require
 from prx_post.data.cache import content_key
 from prx_post.data.encoding import Sample
 from prx_post.data.plan import Draw, stream
-from prx_post.data.source import LatentSource
+from prx_post.data.source import LatentSource, timestep_and_noise
 from prx_post.engine.protocols import Batch, Monitor, Objective, to_device
 from prx_post.engine.run import Run
 from prx_post.evaluation.monitor import ImageMonitor
 from prx_post.stages.base import Encoded
 from prx_post.stages.captioned import CaptionedStage
 from prx_post.stages.sft.config import CONFIGS
-from prx_post.stages.sft.objective import FlowMatchingObjective, immiscible, timestep_and_noise
+from prx_post.stages.sft.objective import FlowMatchingObjective, immiscible
 
 VALIDATION = 5
 """Key of the held-out rows' random stream."""

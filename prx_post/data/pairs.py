@@ -1,0 +1,201 @@
+"""Preference pairs: read, filtered, encoded, and made into batches whose two images have one noise and one timestep.
+
+An image is encoded once, however many pairs hold it. Both images of a pair are trained at the size of the chosen one's
+aspect bucket.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from prx_post.base.files import write_jsonl
+from prx_post.base.ranks import Ranks
+from prx_post.data.buckets import Buckets, Size
+from prx_post.data.cache import content_key
+from prx_post.data.config import PairConfig
+from prx_post.data.encoding import (
+    EMPTY_CAPTION,
+    LOST_CAPTION,
+    EncodedCache,
+    Encoders,
+    Sample,
+    fill_cache,
+    with_what_others_wrote,
+)
+from prx_post.data.images import image_size
+from prx_post.data.plan import Draw
+from prx_post.data.readers import open_dataset
+from prx_post.data.rows import BadRow, DataError, ImageRows, report_bad_rows
+from prx_post.data.source import LatentSource
+from prx_post.engine.protocols import Batch
+from prx_post.model.text import PromptCleaner
+
+IDENTICAL = "both images are the same"
+DUPLICATE = "an earlier pair is the same"
+TIE = "another pair prefers these images the other way round"
+
+
+class PairRows(ImageRows):
+    """The images of N pairs: row 2i is the chosen image of pair i, row 2i + 1 the rejected one."""
+
+    def __init__(self, dataset: Any, config: PairConfig) -> None:
+        super().__init__(dataset, config.chosen_column, config.prompt_column)
+        self.prompts = [prompt for prompt in self.prompts for _ in range(2)]
+        self._columns = (config.chosen_column, config.rejected_column)
+
+    def __len__(self) -> int:
+        return 2 * len(self._dataset)
+
+    def _cell(self, row: int) -> dict[str, Any]:
+        pair, side = divmod(row, 2)
+        return self._dataset[pair][self._columns[side]] or {}
+
+    def name(self, row: int) -> str:
+        pair, side = divmod(row, 2)
+        return f"pair {pair}, {('chosen', 'rejected')[side]}"
+
+
+def read_pairs(config: PairConfig) -> PairRows:
+    """Open the pairs of a configuration. Raises DataError: they do not exist, lack a column, or are empty."""
+    return PairRows(open_dataset(config, ("chosen_column", "rejected_column")), config)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A usable pair."""
+
+    chosen: Sample
+    rejected: Sample
+
+    @property
+    def number(self) -> int:
+        """Its place in the data set."""
+        return self.chosen.row // 2
+
+    @property
+    def images(self) -> tuple[str, str, str]:
+        """Prompt and images, by content."""
+        return self.chosen.prompt_key, self.chosen.image_key, self.rejected.image_key
+
+
+def scan_pairs(
+    rows: PairRows, buckets: Buckets, cleaner: PromptCleaner, ranks: Ranks
+) -> tuple[list[Pair], list[BadRow]]:
+    """Sort this rank's pairs into usable and bad ones, from prompts and image headers."""
+    pairs, bad = [], []
+    numbers = ranks.share(range(len(rows) // 2))
+    for number in tqdm(numbers, desc="scanning", unit="pair", leave=False, disable=ranks.rank > 0):
+        prompt, size, samples = rows.prompts[2 * number] or "", None, []
+        if not cleaner(prompt):
+            bad.append(BadRow(number, f"pair {number}", LOST_CAPTION if prompt.strip() else EMPTY_CAPTION))
+            continue
+        for row in (2 * number, 2 * number + 1):
+            try:
+                data = rows.image_bytes(row)
+                own = image_size(data)
+            except OSError as error:
+                bad.append(BadRow(number, rows.name(row), str(error)))
+                break
+            size = buckets(*own) if size is None else size
+            samples.append(Sample(row, prompt, size, _image_key(data, size), content_key(cleaner(prompt))))
+        else:
+            pairs.append(Pair(*samples))
+    return pairs, bad
+
+
+def _image_key(data: bytes, size: Size) -> str:
+    """As `encoding.scan` names an image."""
+    return f"{content_key(data)}-{size[0]}x{size[1]}"
+
+
+def without_contradictions(pairs: Sequence[Pair]) -> tuple[list[Pair], list[BadRow]]:
+    """Pairs that say something: no identical images, no duplicates, none that stands there both ways round (a tie)."""
+    known: set[tuple[str, str, str]] = set()
+    both_ways = {pair.images for pair in pairs} & {(p, lose, win) for p, win, lose in (pair.images for pair in pairs)}
+    kept, left_out = [], []
+    for pair in pairs:
+        if pair.images[1] == pair.images[2]:
+            reason = IDENTICAL
+        elif pair.images in both_ways:
+            reason = TIE
+        elif pair.images in known:
+            reason = DUPLICATE
+        else:
+            known.add(pair.images)
+            kept.append(pair)
+            continue
+        left_out.append(BadRow(pair.number, f"pair {pair.number}", reason))
+    return kept, left_out
+
+
+def prepare_pairs(
+    config: PairConfig,
+    rows: PairRows,
+    encoders: Encoders,
+    buckets: Buckets,
+    folder: Path,
+    extra_prompts: Sequence[str],
+    ranks: Ranks,
+) -> tuple[list[Pair], EncodedCache]:
+    """Scan and filter the pairs and bring the cache up to date; every rank does its part.
+
+    What cannot be used is listed in `folder`/bad_rows.jsonl, what says nothing in `folder`/filtered_pairs.jsonl.
+
+    Raises:
+        DataError: too many pairs cannot be used, or none is left.
+    """
+    total, bad_rows_path = len(rows) // 2, folder / "bad_rows.jsonl"
+    pairs, bad = (ranks.gather(found) for found in scan_pairs(rows, buckets, encoders.cleaner, ranks))
+    pairs.sort(key=lambda pair: pair.number)
+
+    def report() -> None:
+        bad.sort(key=lambda bad_row: bad_row.row)
+        report_bad_rows(bad, total, config.max_bad_fraction, bad_rows_path, is_main=ranks.is_main)
+
+    report()
+    pairs, left_out = without_contradictions(pairs)
+    ranks.on_main(lambda: _list_filtered(left_out, folder / "filtered_pairs.jsonl", total))
+    if not pairs:
+        raise DataError(
+            f"dataset_name is {config.dataset_name!r}, of whose {total} pairs none is left: {left_out[0].reason}, for "
+            f"one. All are listed in {folder / 'filtered_pairs.jsonl'}. Choose another data set."
+        ).raised_by_all(ranks.is_main)
+    samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
+
+    def open_cache() -> EncodedCache:
+        return EncodedCache.open(Path(config.cache_dir).expanduser(), encoders.pipeline, encoders.text_dtype)
+
+    undecodable = ranks.gather(fill_cache(open_cache(), samples, rows, ["", *extra_prompts], encoders, ranks))
+    if undecodable:
+        bad += [BadRow(found.row // 2, found.name, found.reason) for found in undecodable]
+        report()
+        broken = {found.row // 2 for found in undecodable}
+        pairs = [pair for pair in pairs if pair.number not in broken]
+        samples = [sample for sample in samples if sample.row // 2 not in broken]
+    images, prompts = [s.image_key for s in samples], [s.prompt_key for s in samples]
+    return pairs, with_what_others_wrote(open_cache, images, prompts, ranks)
+
+
+def _list_filtered(left_out: Sequence[BadRow], path: Path, total: int) -> None:
+    path.unlink(missing_ok=True)
+    if left_out:
+        write_jsonl(path, [{"pair": row.row, "reason": row.reason} for row in left_out])
+        tqdm.write(f"{len(left_out)} of {total} pairs say nothing and are left out, listed in {path}")
+
+
+@dataclass
+class PairSource(LatentSource):
+    """Micro-batches of pairs: `samples` are the chosen images, whose latents are `latents`; `rejected` [B, C, H, W] are
+    the others', under the same prompt, noise and timestep.
+    """
+
+    others: Sequence[Sample] = field(default_factory=list)
+    """The rejected images, in the order of `samples`."""
+
+    def batch(self, draws: Sequence[Draw], step: int) -> Batch:
+        rejected = torch.stack([self._latents(self.others[draw.index]) for draw in draws])
+        return {**super().batch(draws, step), "rejected": rejected, "rows": [draw.index for draw in draws]}

@@ -1,0 +1,1 @@
+"""Preference optimisation from pairs of images: Diffusion-DPO and its kin."""
