@@ -4,7 +4,7 @@ THREADS ?= $(shell nproc)
 export OMP_NUM_THREADS := $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo distill test check benchmark clean
+.PHONY: demo distill dpo test check benchmark clean
 
 # torch first, so that nothing else chooses a build of it. On Linux pip's default build brings CUDA; to take another,
 # say where its wheels are: make demo TORCH_ARGS='--index-url <index of CPU wheels>'
@@ -39,11 +39,18 @@ distill: .venv/installed
 	.venv/bin/prx-post eval --config configs/tiny/eval-distill.yaml
 	@echo "open runs/demo/eval-distill/report.html"
 
+# After the demo: pairs of its SFT checkpoint's own images, ranked by OCR; DPO on them; and what it gained.
+dpo: .venv/installed
+	.venv/bin/prx-post data make-pairs --config configs/tiny/make-pairs.yaml
+	.venv/bin/prx-post dpo --config configs/tiny/dpo.yaml
+	.venv/bin/prx-post eval --config configs/tiny/eval-dpo.yaml
+	@echo "open runs/demo/eval-dpo/report.html"
+
 test: .venv-test/installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
-	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n $(THREADS) --dist loadfile
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n $(THREADS) --dist loadfile --no-loadscope-reorder
 
 benchmark: .venv-test/installed
 	.venv-test/bin/python benchmarks/sft_throughput.py

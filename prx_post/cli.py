@@ -50,6 +50,12 @@ COMMANDS = {
     "data teacher-latents": Command(
         "prx_post.stages.distill.ahead", "a distillation's latents", configs="distill", is_launched=True, listed=False
     ),
+    "data make-pairs": Command(
+        "prx_post.stages.dpo.make_pairs",
+        "preference pairs of a checkpoint's own images",
+        is_launched=True,
+        listed=False,
+    ),
     "reward-serve": Command(
         "prx_post.rewards.service.server", "score images over HTTP, for runs on other GPUs or machines"
     ),

@@ -14,6 +14,16 @@ import torch
 from prx_post.tiny import BASE
 from prx_post.tiny.datasets import CaptionedImage, write_folder
 
+SLOW = (
+    *("test_processes.py", "test_plan_memory.py", "test_faults.py", "test_golden.py", "test_references.py"),
+    *("test_distill_processes.py", "test_dpo.py", "test_online_source.py", "test_distill.py", "test_eval.py"),
+)
+"""Files that take minutes: begun first, so that no worker is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_home(tmp_path_factory):

@@ -7,10 +7,15 @@ import yaml
 
 from prx_post.base.parsing import parse
 from prx_post.evaluation.config import EvalConfig
+from prx_post.rewards.judges.vision_judge import VisionJudgeConfig
+from prx_post.stages.dpo.make_pairs import MakePairsConfig
 from prx_post.stages.registry import REGISTRY
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.yaml"))
-KINDS = {**{name: entry.configs() for name, entry in REGISTRY.items()}, "eval": [EvalConfig]}
+KINDS = {
+    **{name: entry.configs() for name, entry in REGISTRY.items()},
+    **{"eval": [EvalConfig], "make": [MakePairsConfig, VisionJudgeConfig]},
+}
 
 
 def test_there_are_configs():
@@ -18,6 +23,9 @@ def test_there_are_configs():
         "tiny/sft.yaml",
         "tiny/sft-lora.yaml",
         "tiny/eval.yaml",
+        "tiny/make-pairs.yaml",
+        "tiny/dpo.yaml",
+        "tiny/eval-dpo.yaml",
         "tiny/distill.yaml",
         "tiny/distill-4.yaml",
         "tiny/distill-2.yaml",

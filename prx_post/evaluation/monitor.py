@@ -22,7 +22,7 @@ from prx_post.engine.signals import StopEarly, StopRequested, StopTraining
 from prx_post.evaluation.distances import diversity, frechet_distance
 from prx_post.evaluation.features import Encoder, encode, open_encoder
 from prx_post.evaluation.jobs import SEED_STRIDE, spread_over_groups
-from prx_post.evaluation.monitor_config import LOWER_IS_BETTER, MonitorConfig
+from prx_post.evaluation.monitor_config import LOWER_IS_BETTER, WINS, MonitorConfig
 from prx_post.evaluation.sheets import Sheet
 from prx_post.model.codec import to_images
 from prx_post.model.sampler import Sampler
@@ -31,7 +31,10 @@ from prx_post.rewards.reward import Reward, checked
 
 IMAGES_PER_PROMPT = 2
 SHEET_ROWS = 8
-START_FEATURES = "start-features.safetensors"
+START = "start.safetensors"
+"""Metrics, scores and features of the policy as it was."""
+SCORES = "scores/"
+"""Before a reward's name there."""
 
 
 class Images(Protocol):
@@ -80,12 +83,24 @@ def _read_prompts(config: MonitorConfig) -> list[str]:
     return [rows[i]["prompt"] for i in spread_over_groups(rows, config.eval_num_prompts)]
 
 
+def win_rate(scores: np.ndarray, others: np.ndarray) -> float:
+    """Fraction of images that score higher than the other of the same prompt and noise; a tie counts half. Both [N]."""
+    return float(((scores > others) + 0.5 * (scores == others)).mean())
+
+
 @dataclass
 class Measured:
-    """Of one set of images, the same on all ranks: metrics, features [N, D], and the images that sheets show."""
+    """Of one set of images, the same on all ranks.
+
+    Attributes:
+        features: [N, D]; None without an encoder.
+        scores: of each reward, [N] fp64.
+        shown: the images of sheets.
+    """
 
     metrics: dict[str, float]
     features: np.ndarray | None
+    scores: dict[str, np.ndarray]
     shown: list[Image.Image] = field(default_factory=list)
 
 
@@ -184,7 +199,7 @@ class ImageMonitor:
         steps_of_its_own = self.sampler.num_inference_steps
         for num_steps in self.config.eval_num_inference_steps or []:
             self.sampler.num_inference_steps = num_steps
-            measured = self._measure(self.sampler, self._features_to_compare(step, num_steps))
+            measured = self._measure(self.sampler, self._compared_with(step))
             if self.reference is None and self._reference is None and num_steps == steps_of_its_own:
                 self._keep_start(measured, step)
             metrics |= {f"eval/{name}/{num_steps}_steps": value for name, value in measured.metrics.items()}
@@ -204,15 +219,18 @@ class ImageMonitor:
             Job(prompt, copy * SEED_STRIDE + i) for copy in range(IMAGES_PER_PROMPT) for i, prompt in enumerate(prompts)
         ]
 
-    def _features_to_compare(self, step: int, num_steps: int) -> np.ndarray | None:
+    def _compared_with(self, step: int) -> Measured | None:
+        """The start or the reference, if it has been measured; by this run, or by that which it resumes."""
         if self._reference is None and self.reference is None and step:
-            path = self.run.output_dir / START_FEATURES
+            path = self.run.output_dir / START
             kept = self.run.ranks.on_main(lambda: load_file(path) if path.is_file() else None)
             if kept is not None:
-                of_start = {name: value.item() for name, value in kept.items() if name != "features"}
-                features = kept["features"].numpy() if "features" in kept else None
-                self._reference = Measured(of_start, features)
-        return None if self._reference is None else self._reference.features
+                features = kept.pop("features").numpy() if "features" in kept else None
+                scores = {
+                    name.removeprefix(SCORES): kept.pop(name).numpy() for name in list(kept) if name.startswith(SCORES)
+                }
+                self._reference = Measured({name: kept[name].item() for name in sorted(kept)}, features, scores)
+        return self._reference
 
     def _keep_start(self, measured: Measured, step: int) -> None:
         """So that a resumed run, whose policy has moved, still compares with the start."""
@@ -220,17 +238,18 @@ class ImageMonitor:
         if step and self.run.log is not None:
             self.run.log.say(f"the {self.reference_name} was not evaluated by this run: compared is with step {step}")
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in measured.metrics.items()}
+        tensors |= {f"{SCORES}{name}": torch.from_numpy(values) for name, values in measured.scores.items()}
         if measured.features is not None:
             tensors["features"] = torch.from_numpy(measured.features)
 
         def write() -> None:
-            with replacing(self.run.output_dir / START_FEATURES) as partial:
+            with replacing(self.run.output_dir / START) as partial:
                 save_file(tensors, partial)
 
         self.run.ranks.on_main(write)
 
-    def _measure(self, sampler: Sampler, reference: np.ndarray | None) -> Measured:
-        """Generate and score every job, each rank its part."""
+    def _measure(self, sampler: Sampler, reference: Measured | None) -> Measured:
+        """Generate and score every job, each rank its part; with win rates and distance to the reference's images."""
         jobs, ranks = self._jobs(), self.run.ranks
         images = self._generate(sampler, jobs)
 
@@ -246,19 +265,24 @@ class ImageMonitor:
 
         parts = ranks.together(score)
         order = np.argsort([i for indices, *_ in parts for i in indices])
-        metrics = {
-            name: float(np.array([value for _, scores, *_ in parts for value in scores[name]])[order].mean())
+        scores = {
+            name: np.array([value for _, scores, *_ in parts for value in scores[name]], dtype=np.float64)[order]
             for name in self.judges.rewards
         }
+        metrics = {name: float(values.mean()) for name, values in scores.items()}
+        known = {} if reference is None else reference.scores
+        for name, values in scores.items():
+            if len(known.get(name, ())) == len(values):  # a resumed run may evaluate other prompts than its start did
+                metrics[f"{name}{WINS}"] = win_rate(values, known[name])
         features = None
         if self._encoder is not None:
             features = np.concatenate([part for _, _, part, _ in parts if part is not None])[order]
             precise = features.astype(np.float64)
             metrics["diversity"] = diversity(precise, [job.prompt for job in jobs]).value
-            if reference is not None:
-                metrics["fid"] = frechet_distance(precise, reference.astype(np.float64))
+            if reference is not None and reference.features is not None:
+                metrics["fid"] = frechet_distance(precise, reference.features.astype(np.float64))
         shown = {i: image for *_, some in parts for i, image in some.items()}
-        return Measured(metrics, features, [shown[i] for i in sorted(shown)])
+        return Measured(metrics, features, scores, [shown[i] for i in sorted(shown)])
 
     def _generate(self, sampler: Sampler, jobs: Sequence[Job]) -> dict[int, Image.Image]:
         """This rank's images, by the place of their job.

@@ -7,6 +7,8 @@ from prx_post.engine.config import TrainConfig
 from prx_post.rewards.registry import parse_specs
 
 LOWER_IS_BETTER = ("fid", "validation_loss")
+WINS = "_wins"
+"""After a reward's name: the fraction of images that score higher than the start's (distill: the teacher's)."""
 
 
 @dataclass
@@ -31,7 +33,9 @@ class MonitorConfig(TrainConfig):
     )
     load_best_model_at_end: bool = doc("Emit the best evaluated average, not the last.", False)
     metric_for_best_model: str | None = doc(
-        "A reward's name, `fid`, or `validation_loss`; of images at num_inference_steps.", None
+        "A reward's name, the same with `_wins` (images better than the start's), `fid`, or `validation_loss`; of "
+        "images at num_inference_steps.",
+        None,
     )
     early_stopping_patience: int = doc(
         "Stop after this many evaluations in a row without a new best by metric_for_best_model; 0: never.",
@@ -67,4 +71,5 @@ class MonitorConfig(TrainConfig):
 
     def known_metrics(self, specs: list) -> list[str]:
         """What `metric_for_best_model` may be."""
-        return [spec.label for spec in specs] + (["fid"] if self.eval_encoder else [])
+        labels = [spec.label for spec in specs]
+        return [*labels, *(f"{label}{WINS}" for label in labels), *(["fid"] if self.eval_encoder else [])]

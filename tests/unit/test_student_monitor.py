@@ -2,11 +2,12 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from prx_post.engine.signals import StopEarly, StopTraining
-from prx_post.evaluation.monitor import ImageMonitor, Judges
+from prx_post.evaluation.monitor import ImageMonitor, Judges, win_rate
 from prx_post.stages.distill.monitor import StudentMonitor
 from tests.distilling import config
 
@@ -91,3 +92,13 @@ def test_diversity_is_compared_with_the_teachers(step, own, stops):
             made.watch(step, metrics)
     else:
         made.watch(step, metrics)
+
+
+def test_win_rates_are_by_image_and_a_tie_counts_half():
+    # higher, lower, equal, higher: (1 + 0 + ½ + 1) / 4
+    assert win_rate(np.array([2.0, 1.0, 3.0, 0.1]), np.array([1.0, 2.0, 3.0, 0.0])) == 0.625
+
+
+def test_the_best_may_be_by_win_rate():
+    made = monitor(**EVALUATED, eval_rewards=["ocr"], metric_for_best_model="ocr_wins")
+    assert verdicts(made, "ocr_wins", [0.5, 0.6, 0.55]) == [True, True, False]

@@ -1,0 +1,328 @@
+"""`prx-post data make-pairs`: preference pairs of a checkpoint's own images, ranked by a reward or a judge.
+
+    output_dir/train-00003.parquet    prompt, chosen, rejected, and the scores and noise seeds of both
+    output_dir/scores-00003.jsonl     a line per prompt: scores and noise seeds of all its images
+    output_dir/pairs.json             what they were made with, and counts
+
+A file holds the pairs of `prompts_per_file` prompts and is complete or absent, so an interrupted command continues, on
+any number of processes, and makes the same pairs.
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from prx_post.base.errors import PrxPostError
+from prx_post.base.files import (
+    FolderLock,
+    existing_file,
+    make_folder,
+    replacing,
+    require_empty,
+    write_json,
+    write_jsonl,
+)
+from prx_post.base.parsing import parse
+from prx_post.base.ranks import launched_ranks
+from prx_post.base.settings import check_fields, doc, require
+from prx_post.data.cache import content_key, fingerprint
+from prx_post.data.encoding import Encoders
+from prx_post.data.plan import stream
+from prx_post.data.prompts import read_prompt_lines, read_prompt_rows
+from prx_post.engine.signals import StopSignals
+from prx_post.evaluation.jobs import spread_over_groups
+from prx_post.model.checkpoint import DTYPES, PipelineFolder, load, open_pipeline
+from prx_post.model.config import DTYPE_NAMES, GUIDANCE
+from prx_post.model.sampler import Sampler, build_sampler, default_device, generate_images
+from prx_post.model.text import PromptCleaner
+from prx_post.rewards.judges.pairwise import PairwiseJudge, compare_groups
+from prx_post.rewards.judges.vision_judge import VisionJudge, VisionJudgeConfig
+from prx_post.rewards.registry import RewardSpec
+from prx_post.rewards.reward import Reward, checked
+
+MARK = "pairs.json"
+
+
+@dataclass
+class MakePairsConfig:
+    """Preference pairs of a checkpoint's own images."""
+
+    model_name_or_path: str | None = doc(
+        "Folder or Hub id of a PRX pipeline; `tiny` is the embedded base.",
+        None,
+        required=("a folder or a Hub id", "it makes the images"),
+    )
+    model_revision: str | None = doc("Hub revision (branch, tag or commit) of the checkpoint.", None)
+    prompts_file: str | None = doc(
+        "A text file with one prompt per line; or .jsonl or .json with a `prompt` each.",
+        None,
+        required=("a file", "images are made of its prompts"),
+    )
+    num_prompts: int | None = doc("How many of them, spread evenly over the file; null: all.", None, above=0)
+    output_dir: str | None = doc("Folder for the pairs.", None, required=("a folder", "the pairs are written there"))
+    num_generations: int = doc("Images per prompt.", 8, at_least=2)
+    reward: str | None = doc("Reward that ranks them, as in `eval`; null: the model at judge_url compares them.", None)
+    pairs_per_prompt: str = doc(
+        "`best_worst`, or `all` pairs of a prompt's images.", "best_worst", one_of=("best_worst", "all")
+    )
+    min_gap: float = doc(
+        "A pair's scores (of a judge: win rates within the group) must differ by more than this.", 0.0, at_least=0
+    )
+    prompts_per_file: int = doc("Prompts per parquet file; an interruption costs one file at most.", 16, above=0)
+    num_inference_steps: int = doc("Sampler steps.", 28, above=0)
+    guidance_scale: float = doc("Classifier-free guidance; 1 switches it off.", 5.0, **GUIDANCE)
+    height: int | None = doc("Height, pixels; null: the checkpoint's default_sample_size.", None, above=0)
+    width: int | None = doc("Width, pixels; null: the checkpoint's default_sample_size.", None, above=0)
+    batch_size: int = doc("Images at a time.", 8, above=0)
+    dtype: str = doc("Precision of transformer and text encoder.", "float32", one_of=DTYPE_NAMES)
+    skip_text_cleaning: bool = doc("Only light prompt cleaning; as in training.", False)
+    seed: int = doc("The noise of a prompt's images is a function of it and the prompt.", 0, at_least=0)
+    num_threads: int = doc("CPU threads torch may use; 0 leaves torch's own choice.", 0, at_least=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.reward is not None:
+            RewardSpec.parse(self.reward)
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """What gives each image of a group its score: a reward, or a judge's win rates."""
+
+    reward: Reward | None
+    judge: PairwiseJudge | None
+
+    @property
+    def identity(self) -> str:
+        return self.reward.identity if self.reward is not None else self._judge.identity
+
+    @property
+    def _judge(self) -> PairwiseJudge:
+        assert self.judge is not None
+        return self.judge
+
+    def check(self, prompts: Sequence[str]) -> None:
+        (self.reward or self._judge).check(prompts)
+
+    def scores(self, prompts: Sequence[str], groups: Sequence[Sequence[Image.Image]]) -> Tensor:
+        """[P, G] fp32. Win rates are means over the group's other images."""
+        size = len(groups[0])
+        if self.reward is None:
+            return (compare_groups(self._judge, prompts, groups).sum(2) - 0.5) / (size - 1)
+        images, repeated = list(itertools.chain(*groups)), [prompt for prompt in prompts for _ in range(size)]
+        return checked(self.reward(images, repeated), "make-pairs", len(images)).view(len(prompts), size)
+
+
+def couples(scores: Sequence[float], pairs_per_prompt: str, min_gap: float) -> list[tuple[int, int]]:
+    """(better, worse) of a prompt's images, by their scores, that differ by more than `min_gap`."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    chosen = [(order[0], order[-1])] if pairs_per_prompt == "best_worst" else itertools.combinations(order, 2)
+    return [(better, worse) for better, worse in chosen if scores[better] - scores[worse] > min_gap]
+
+
+def check(args: Sequence[str]) -> tuple[MakePairsConfig, VisionJudgeConfig]:
+    """The command's settings, checked as far as they can be without any file they name."""
+    config, judge = parse([MakePairsConfig, VisionJudgeConfig], args, "prx-post data make-pairs")
+    reason, action = "one of both ranks the images", "Set reward, or judge_url and judge_model"
+    has_one = (config.reward is None) != (judge.judge_url is None)
+    require(has_one, "reward", config.reward, "set if judge_url is null, and else null", reason, action)
+    return config, judge
+
+
+def run(args: Sequence[str]) -> None:
+    """`prx-post data make-pairs`"""
+    make_pairs(*check(args))
+
+
+def make_pairs(config: MakePairsConfig, judge_config: VisionJudgeConfig) -> Path:
+    """Generate, score and pair what is missing. Returns the folder.
+
+    Raises:
+        PrxPostError: a file is missing, a prompt cannot be used, or the folder holds pairs of other settings, before
+            any model is loaded; the reward fails, after which what was made is kept; no pair is left.
+    """
+    pipeline = open_pipeline(str(config.model_name_or_path), config.model_revision)
+    size = pipeline.resolve_size(config.height, config.width)
+    cleaner = PromptCleaner(config.skip_text_cleaning)
+    prompts = _read_prompts(config, cleaner)
+    reward = None if config.reward is None else RewardSpec.parse(config.reward).load()
+    ranker = Ranker(reward, VisionJudge(judge_config) if reward is None else None)
+    ranker.check(prompts)
+    folder = Path(str(config.output_dir)).expanduser()
+    if not (folder / MARK).is_file():
+        require_empty(config.output_dir)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    with ExitStack() as stack:
+        stack.enter_context(StopSignals())
+        ranks = stack.enter_context(launched_ranks())
+        if ranks.is_main:
+            stack.enter_context(FolderLock(make_folder(folder)))
+        ranks.on_main(lambda: _claim(folder, _made_with(config, pipeline, size, ranker, prompts)))
+        files = [prompts[i : i + config.prompts_per_file] for i in range(0, len(prompts), config.prompts_per_file)]
+        missing = ranks.on_main(lambda: [i for i in range(len(files)) if not _scores_path(folder, i).is_file()])
+        maker = _Maker(config, pipeline, size, cleaner, ranker, folder)
+        ranks.together(lambda: maker.make({i: files[i] for i in ranks.share(missing)}, quiet=not ranks.is_main))
+        ranks.on_main(lambda: _finish(config, folder, len(files)))
+    return folder
+
+
+def _read_prompts(config: MakePairsConfig, cleaner: PromptCleaner) -> list[str]:
+    """Each once. Raises PrxPostError for a prompt of which cleaning leaves nothing, or if there are none."""
+    path = existing_file("prompts_file", str(config.prompts_file))
+    rows = read_prompt_rows(path) if path.suffix in (".json", ".jsonl") else read_prompt_lines(path)
+    if config.num_prompts is not None:
+        rows = [rows[i] for i in spread_over_groups(rows, config.num_prompts)]
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    for prompt in prompts:
+        if not cleaner(prompt):
+            raise PrxPostError(
+                f"{path} has the prompt {prompt!r}, of which prompt cleaning leaves nothing. Remove it, or set "
+                f"skip_text_cleaning: true."
+            )
+    if not prompts:
+        raise PrxPostError(f"prompts_file is {config.prompts_file!r}, which has no prompts. Choose another file.")
+    return prompts
+
+
+def _made_with(
+    config: MakePairsConfig, pipeline: PipelineFolder, size: tuple[int, int], ranker: Ranker, prompts: Sequence[str]
+) -> dict[str, Any]:
+    """All that the pairs depend on."""
+    where = {"output_dir", "num_threads", "prompts_file", "num_prompts", "height", "width"}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in where}
+    weights = [pipeline.path / name for name in ("transformer", "scheduler", "vae", "text_encoder", "tokenizer")]
+    return {
+        **settings,
+        "model_name_or_path": pipeline.source,
+        "weights": fingerprint(Path(str(config.output_dir)).expanduser(), *weights),
+        "height": size[0],
+        "width": size[1],
+        "ranked_by": ranker.identity,
+        "prompts": content_key(json.dumps(list(prompts))),
+    }
+
+
+def _claim(folder: Path, made_with: dict[str, Any]) -> None:
+    path = folder / MARK
+    before = json.loads(path.read_text(encoding="utf-8"))["made_with"] if path.is_file() else made_with
+    differing = [key for key in made_with if before.get(key) != made_with[key]]
+    if differing:
+        key = differing[0]
+        raise PrxPostError(
+            f"output_dir is {str(folder)!r}, whose pairs were made with {key} {before.get(key)!r}, but now {key} is "
+            f"{made_with[key]!r}. Choose another output_dir."
+        )
+    write_json(path, {"made_with": made_with})
+
+
+def _scores_path(folder: Path, number: int) -> Path:
+    """Written last: a file of pairs is complete when this is there."""
+    return folder / f"scores-{number:05d}.jsonl"
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Generates, scores and writes."""
+
+    config: MakePairsConfig
+    pipeline: PipelineFolder
+    size: tuple[int, int]
+    cleaner: PromptCleaner
+    ranker: Ranker
+    folder: Path
+
+    def make(self, files: Mapping[int, Sequence[str]], quiet: bool) -> None:
+        """Files by number, from the prompts of each."""
+        if not files:
+            return
+        config, device, dtype = self.config, default_device(), DTYPES[self.config.dtype]
+        encoders = Encoders(self.pipeline, self.cleaner, device, dtype)
+        steps, guidance = config.num_inference_steps, config.guidance_scale
+        sampler = build_sampler(load(self.pipeline, dtype), self.size, steps, guidance, device)
+        for number, prompts in tqdm(files.items(), desc="making pairs", unit="file", disable=quiet):
+            self._file(number, prompts, sampler, encoders)
+
+    def _file(self, number: int, prompts: Sequence[str], sampler: Sampler, encoders: Encoders) -> None:
+        config = self.config
+        seeds_PG = [_noise_seeds(config, prompt) for prompt in prompts]
+        images_PG = self._generate(prompts, seeds_PG, sampler, encoders)
+        scores_PG = self.ranker.scores(prompts, images_PG).tolist()
+        rows, lines = [], []
+        for prompt, seeds, images, scores in zip(prompts, seeds_PG, images_PG, scores_PG, strict=True):
+            found = couples(scores, config.pairs_per_prompt, config.min_gap)
+            lines.append({"prompt": prompt, "scores": scores, "seeds": seeds, "pairs": len(found)})
+            for couple in found:
+                sides = dict(zip(("chosen", "rejected"), couple, strict=True))
+                rows.append(
+                    {
+                        "prompt": prompt,
+                        **{side: {"bytes": _png(images[i]), "path": None} for side, i in sides.items()},
+                        **{f"{side}_score": scores[i] for side, i in sides.items()},
+                        **{f"{side}_seed": seeds[i] for side, i in sides.items()},
+                    }
+                )
+        _write_pairs(self.folder / f"train-{number:05d}.parquet", rows)
+        write_jsonl(_scores_path(self.folder, number), lines)
+
+    def _generate(
+        self, prompts: Sequence[str], seeds_PG: Sequence[Sequence[int]], sampler: Sampler, encoders: Encoders
+    ) -> list[list[Image.Image]]:
+        size, decode = self.config.num_generations, encoders.codec.decode
+        repeated, seeds = [prompt for prompt in prompts for _ in range(size)], list(itertools.chain(*seeds_PG))
+        images = list(generate_images(sampler, encoders.prompts, decode, repeated, seeds, self.config.batch_size))
+        return [images[i : i + size] for i in range(0, len(images), size)]
+
+
+def _noise_seeds(config: MakePairsConfig, prompt: str) -> list[int]:
+    """Of 31 bits, as `prx-post generate` takes them."""
+    key = int(content_key(prompt)[:8], 16)
+    return [stream(config.seed, key, k) >> 1 for k in range(config.num_generations)]
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write_pairs(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A parquet file, or none if there are no pairs."""
+    import datasets
+
+    if not rows:
+        return
+    numbers = {"score": datasets.Value("float32"), "seed": datasets.Value("int64")}
+    features = {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
+    features |= {f"{side}_{name}": kind for side in ("chosen", "rejected") for name, kind in numbers.items()}
+    with replacing(path) as partial:
+        datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(str(partial))
+
+
+def _finish(config: MakePairsConfig, folder: Path, files: int) -> None:
+    """Count, and say it. Raises PrxPostError if there is no pair."""
+    lines = [json.loads(line) for i in range(files) for line in _scores_path(folder, i).read_text().splitlines()]
+    pairs, without = sum(line["pairs"] for line in lines), sum(not line["pairs"] for line in lines)
+    alike = sum(len(set(line["scores"])) == 1 for line in lines)
+    told = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    counts = {"prompts": len(lines), "pairs": pairs, "prompts_without_a_pair": without, "prompts_scored_alike": alike}
+    write_json(folder / MARK, {**told, "counts": counts})
+    if not pairs:
+        raise PrxPostError(
+            f"no two images of a prompt differ by more than min_gap ({config.min_gap:g}); of {len(lines)} prompts, the "
+            f"images of {alike} all score alike. Choose another reward, lower min_gap, or raise num_generations."
+        )
+    print(
+        f"{pairs} pairs of {len(lines)} prompts in {folder}; {without} prompts gave none, {alike} of them scored alike"
+    )
