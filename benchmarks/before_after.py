@@ -1,6 +1,6 @@
 """Two checkouts side by side: how long `--help` and a typo take, and a step of SFT and of LADD.
 
-    python benchmarks/before_after.py --before FOLDER [--rounds 5] [--steps 60]
+    python benchmarks/before_after.py --before FOLDER [--rounds 5] [--steps 60] [--stages sft distill]
 
 FOLDER is another checkout of this project, such as `git worktree add FOLDER COMMIT` makes. Both run under this Python,
 one after the other in every round, with one thread; ratios are taken within a round.
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--stages", nargs="+", default=["sft", "distill"], choices=["sft", "distill"])
     options = parser.parse_args()
     checkouts = {"before": options.before.resolve(), "after": HERE}
     found: dict[str, dict[str, list[float]]] = {}
@@ -62,6 +63,7 @@ def main() -> None:
                 *teacher,
             ],
         }
+        stages = {what: stage for what, stage in stages.items() if stage[0] in options.stages}
         for round_ in range(options.rounds):
             for label, checkout in checkouts.items():
 

@@ -1,4 +1,4 @@
-"""Preference losses by hand, and against TRL's own where it has them."""
+"""Preference losses by hand."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prx_post.objectives.dpo import diffusion_dpo_loss, diffusion_kto_loss
+from prx_post.stages.dpo.objective import PreferenceObjective
 
 
 def errors(*values: float) -> torch.Tensor:
@@ -107,3 +108,33 @@ def test_kto_of_images_of_one_kind_has_no_reward_of_the_other():
     _, metrics = diffusion_kto_loss(errors(1.0), errors(1.0), torch.tensor([True]), beta=10)
     assert math.isnan(metrics["undesirable_reward"].item())
     assert metrics["desirable_reward"].item() == 0
+
+
+class Constant(torch.nn.Module):
+    """A transformer that predicts the same velocity everywhere."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.tensor(value))
+
+    def forward(self, hidden_states, **_):
+        return (self.value.expand_as(hidden_states),)
+
+
+class Still:
+    """A reference that predicts no velocity at all."""
+
+    def velocity(self, x_t, t, prompts):
+        return torch.zeros_like(x_t)
+
+
+def test_it_is_the_chosen_images_error_that_is_lowered():
+    """Targets 0 and -1; at velocity ½ errors ¼ and 2¼, the reference's 0 and 1: gain ½ (1¼ - ¼), ln(1 + e^-1)."""
+    shape = (3, 4, 2, 2)
+    batch = {"latents": torch.zeros(shape), "rejected": torch.ones(shape), "noise": torch.zeros(shape)}
+    batch |= {"t": torch.full((3,), 0.5), "prompt_embeds": torch.zeros(3, 1, 8), "prompt_mask": torch.ones(3, 1)}
+    objective = PreferenceObjective(Constant(0.5), 1e-3, Still(), beta=2.0)
+    loss, metrics = objective(batch)
+    assert loss.item() == pytest.approx(0.313262, abs=1e-5)
+    assert metrics["win_change"].item() == pytest.approx(0.25)
+    assert metrics["lose_change"].item() == pytest.approx(1.25)
