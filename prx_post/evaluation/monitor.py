@@ -202,6 +202,7 @@ class ImageMonitor:
             measured = self._measure(self.sampler, self._compared_with(step))
             if self.reference is None and self._reference is None and num_steps == steps_of_its_own:
                 self._keep_start(measured, step)
+                measured.metrics |= {f"{name}{WINS}": 0.5 for name in measured.scores}  # a tie with itself
             metrics |= {f"eval/{name}/{num_steps}_steps": value for name, value in measured.metrics.items()}
             columns.append((f"{num_steps} steps", measured.shown))
         self.sampler.num_inference_steps = steps_of_its_own

@@ -1,4 +1,4 @@
-"""Preference losses by hand, and against TRL's own where it has them."""
+"""Preference losses by hand."""
 
 import math
 
