@@ -12,10 +12,10 @@ import dataclasses
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +178,8 @@ def make_pairs(config: MakePairsConfig, judge_config: VisionJudgeConfig) -> Path
         missing = ranks.on_main(lambda: [i for i in range(len(files)) if not _scores_path(folder, i).is_file()])
         maker = _Maker(config, pipeline, size, cleaner, ranker, folder)
         for first in tqdm(range(0, len(missing), ranks.world), desc="making pairs", disable=not ranks.is_main):
-            own = missing[first : first + ranks.world][ranks.rank :][:1]
-            ranks.together(lambda: [maker.make(number, files[number]) for number in own])  # noqa: B023
+            own = {number: files[number] for number in missing[first : first + ranks.world][ranks.rank :][:1]}
+            ranks.together(partial(maker.make, own))
         ranks.on_main(lambda: _finish(config, folder, len(files)))
     return folder
 
@@ -259,8 +259,12 @@ class _Maker:
         steps, guidance = config.num_inference_steps, config.guidance_scale
         return build_sampler(checkpoint, self.size, steps, guidance, default_device())
 
-    def make(self, number: int, prompts: Sequence[str]) -> None:
-        """One file."""
+    def make(self, files: Mapping[int, Sequence[str]]) -> None:
+        """Files by number, from the prompts of each."""
+        for number, prompts in files.items():
+            self._file(number, prompts)
+
+    def _file(self, number: int, prompts: Sequence[str]) -> None:
         config = self.config
         seeds_PG = [_noise_seeds(config, prompt) for prompt in prompts]
         images_PG = self._generate(prompts, seeds_PG)
