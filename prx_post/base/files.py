@@ -16,7 +16,7 @@ from prx_post.base.errors import PrxPostError
 
 PARTIAL = ".partial"
 LOCK = ".lock"
-TRACES = ("bad_rows.jsonl", LOCK)
+TRACES = ("bad_rows.jsonl", "filtered_pairs.jsonl", LOCK)
 """What a run that ended before training may have left in its output_dir."""
 
 

@@ -78,8 +78,9 @@ class Pair:
 
     @property
     def images(self) -> tuple[str, str, str]:
-        """Prompt and images, by content."""
-        return self.chosen.prompt_key, self.chosen.image_key, self.rejected.image_key
+        """Prompt and images, by content, whatever their bucket."""
+        chosen, rejected = (sample.image_key.rpartition("-")[0] for sample in (self.chosen, self.rejected))
+        return self.chosen.prompt_key, chosen, rejected
 
 
 def scan_pairs(
@@ -160,10 +161,7 @@ def prepare_pairs(
     pairs, left_out = without_contradictions(pairs)
     ranks.on_main(lambda: _list_filtered(left_out, folder / "filtered_pairs.jsonl", total))
     if not pairs:
-        raise DataError(
-            f"dataset_name is {config.dataset_name!r}, of whose {total} pairs none is left: {left_out[0].reason}, for "
-            f"one. All are listed in {folder / 'filtered_pairs.jsonl'}. Choose another data set."
-        ).raised_by_all(ranks.is_main)
+        raise _nothing_left(config, total, left_out[0].reason, ranks)
     samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
 
     def open_cache() -> EncodedCache:
@@ -171,13 +169,22 @@ def prepare_pairs(
 
     undecodable = ranks.gather(fill_cache(open_cache(), samples, rows, ["", *extra_prompts], encoders, ranks))
     if undecodable:
-        bad += [BadRow(found.row // 2, found.name, found.reason) for found in undecodable]
+        broken = {found.row // 2: found for found in undecodable}
+        bad += [BadRow(number, found.name, found.reason) for number, found in sorted(broken.items())]
         report()
-        broken = {found.row // 2 for found in undecodable}
         pairs = [pair for pair in pairs if pair.number not in broken]
         samples = [sample for sample in samples if sample.row // 2 not in broken]
+        if not pairs:
+            raise _nothing_left(config, total, next(iter(broken.values())).reason, ranks)
     images, prompts = [s.image_key for s in samples], [s.prompt_key for s in samples]
     return pairs, with_what_others_wrote(open_cache, images, prompts, ranks)
+
+
+def _nothing_left(config: PairConfig, total: int, reason: str, ranks: Ranks) -> DataError:
+    return DataError(
+        f"dataset_name is {config.dataset_name!r}, of whose {total} pairs none is left: {reason}, for one. All are "
+        f"listed in output_dir. Choose another data set."
+    ).raised_by_all(ranks.is_main)
 
 
 def _list_filtered(left_out: Sequence[BadRow], path: Path, total: int) -> None:
@@ -197,5 +204,6 @@ class PairSource(LatentSource):
     """The rejected images, in the order of `samples`."""
 
     def batch(self, draws: Sequence[Draw], step: int) -> Batch:
+        chosen = [self.samples[draw.index] for draw in draws]
         rejected = torch.stack([self._latents(self.others[draw.index]) for draw in draws])
-        return {**super().batch(draws, step), "rejected": rejected, "rows": [draw.index for draw in draws]}
+        return {**super().batch(draws, step), "rejected": rejected, "rows": [sample.row // 2 for sample in chosen]}

@@ -200,9 +200,11 @@ class ImageMonitor:
         for num_steps in self.config.eval_num_inference_steps or []:
             self.sampler.num_inference_steps = num_steps
             measured = self._measure(self.sampler, self._compared_with(step))
+            found = dict(measured.metrics)
             if self.reference is None and self._reference is None and num_steps == steps_of_its_own:
                 self._keep_start(measured, step)
-            metrics |= {f"eval/{name}/{num_steps}_steps": value for name, value in measured.metrics.items()}
+                found |= {f"{name}{WINS}": 0.5 for name in measured.scores}  # a tie with itself
+            metrics |= {f"eval/{name}/{num_steps}_steps": value for name, value in found.items()}
             columns.append((f"{num_steps} steps", measured.shown))
         self.sampler.num_inference_steps = steps_of_its_own
         if self._reference is not None:

@@ -8,8 +8,9 @@ import torch
 from prx_post.base.ranks import ALONE
 from prx_post.data.buckets import Buckets
 from prx_post.data.config import PairConfig
-from prx_post.data.encoding import Encoders
-from prx_post.data.pairs import PairSource, prepare_pairs, read_pairs
+from prx_post.data.encoding import Encoders, Sample
+from prx_post.data.pairs import TIE, PairSource, prepare_pairs, read_pairs, without_contradictions
+from prx_post.data.pairs import Pair as Pair_
 from prx_post.data.plan import DrawPlan
 from prx_post.data.rows import DataError
 from prx_post.data.source import timestep_and_noise
@@ -89,7 +90,8 @@ def test_both_images_of_a_pair_have_one_prompt_noise_and_timestep(warm_cache, tm
     (batch,) = source.batches(1)
     assert batch["t"].shape == (4,)
     assert batch["noise"].shape == batch["latents"].shape == batch["rejected"].shape
-    for i, number in enumerate(batch["rows"]):
+    places = {sample.row // 2: place for place, sample in enumerate(chosen)}
+    for i, number in enumerate(places[row] for row in batch["rows"]):
         assert torch.equal(batch["latents"][i], cache.latents[chosen[number].image_key])
         assert torch.equal(batch["rejected"][i], cache.latents[rejected[number].image_key])
         length = int(batch["prompt_mask"][i].sum())
@@ -110,3 +112,27 @@ def test_pairs_may_stand_in_an_image_folder(warm_cache, tmp_path):
     assert [pair.chosen.prompt for pair in pairs] == [pair.prompt for pair in number_pairs(2)]
     rows = read_pairs(PairConfig(dataset_name=str(folder)))
     assert rows.image_bytes(3) == number_pairs(2)[1].rejected
+
+
+def test_a_tie_is_found_whatever_the_buckets_of_its_images(warm_cache):
+    """The chosen image's bucket is the pair's, so the two ways round have images of different sizes."""
+
+    def sample(row, image, size):
+        return Sample(row, "a cat", size, f"{image}-{size[0]}x{size[1]}", "cat")
+
+    wide, square = (384, 640), (512, 512)
+    pairs = [
+        Pair_(sample(0, "a", square), sample(1, "b", square)),
+        Pair_(sample(2, "b", wide), sample(3, "a", wide)),
+    ]
+    kept, left_out = without_contradictions(pairs)
+    assert kept == []
+    assert {row.reason for row in left_out} == {TIE}
+
+
+def test_nothing_left_after_decoding_is_an_error_and_a_pair_counts_once(tmp_path):
+    (a,) = number_pairs(1)
+    torn = Pair(a.prompt, a.chosen[:-60], a.rejected[:-60])
+    folder = write_pairs([torn], tmp_path / "set")
+    with pytest.raises(DataError, match="1 of 1 rows cannot be used"):
+        prepared(folder, tmp_path / "cache", tmp_path / "run", max_bad_fraction=1.0)

@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def make_pairs(config: MakePairsConfig, judge_config: VisionJudgeConfig) -> Path
     size = pipeline.resolve_size(config.height, config.width)
     cleaner = PromptCleaner(config.skip_text_cleaning)
     prompts = _read_prompts(config, cleaner)
-    reward = None if config.reward is None else RewardSpec.parse(config.reward).load()
+    reward = None if config.reward is None else RewardSpec.parse(config.reward).load(device=str(default_device()))
     ranker = Ranker(reward, VisionJudge(judge_config) if reward is None else None)
     ranker.check(prompts)
     folder = Path(str(config.output_dir)).expanduser()
@@ -167,13 +168,18 @@ def make_pairs(config: MakePairsConfig, judge_config: VisionJudgeConfig) -> Path
     with ExitStack() as stack:
         stack.enter_context(StopSignals())
         ranks = stack.enter_context(launched_ranks())
-        if ranks.is_main:
+
+        def claim() -> None:
             stack.enter_context(FolderLock(make_folder(folder)))
-        ranks.on_main(lambda: _claim(folder, _made_with(config, pipeline, size, ranker, prompts)))
+            _claim(folder, _made_with(config, pipeline, size, ranker, prompts))
+
+        ranks.on_main(claim)
         files = [prompts[i : i + config.prompts_per_file] for i in range(0, len(prompts), config.prompts_per_file)]
         missing = ranks.on_main(lambda: [i for i in range(len(files)) if not _scores_path(folder, i).is_file()])
         maker = _Maker(config, pipeline, size, cleaner, ranker, folder)
-        ranks.together(lambda: maker.make({i: files[i] for i in ranks.share(missing)}, quiet=not ranks.is_main))
+        for first in tqdm(range(0, len(missing), ranks.world), desc="making pairs", disable=not ranks.is_main):
+            own = {number: files[number] for number in missing[first : first + ranks.world][ranks.rank :][:1]}
+            ranks.together(partial(maker.make, own))
         ranks.on_main(lambda: _finish(config, folder, len(files)))
     return folder
 
@@ -232,9 +238,9 @@ def _scores_path(folder: Path, number: int) -> Path:
     return folder / f"scores-{number:05d}.jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Maker:
-    """Generates, scores and writes."""
+    """Generates, scores and writes; what it needs is loaded at the first file."""
 
     config: MakePairsConfig
     pipeline: PipelineFolder
@@ -243,21 +249,25 @@ class _Maker:
     ranker: Ranker
     folder: Path
 
-    def make(self, files: Mapping[int, Sequence[str]], quiet: bool) -> None:
-        """Files by number, from the prompts of each."""
-        if not files:
-            return
-        config, device, dtype = self.config, default_device(), DTYPES[self.config.dtype]
-        encoders = Encoders(self.pipeline, self.cleaner, device, dtype)
-        steps, guidance = config.num_inference_steps, config.guidance_scale
-        sampler = build_sampler(load(self.pipeline, dtype), self.size, steps, guidance, device)
-        for number, prompts in tqdm(files.items(), desc="making pairs", unit="file", disable=quiet):
-            self._file(number, prompts, sampler, encoders)
+    @cached_property
+    def encoders(self) -> Encoders:
+        return Encoders(self.pipeline, self.cleaner, default_device(), DTYPES[self.config.dtype])
 
-    def _file(self, number: int, prompts: Sequence[str], sampler: Sampler, encoders: Encoders) -> None:
+    @cached_property
+    def sampler(self) -> Sampler:
+        checkpoint, config = load(self.pipeline, DTYPES[self.config.dtype]), self.config
+        steps, guidance = config.num_inference_steps, config.guidance_scale
+        return build_sampler(checkpoint, self.size, steps, guidance, default_device())
+
+    def make(self, files: Mapping[int, Sequence[str]]) -> None:
+        """Files by number, from the prompts of each."""
+        for number, prompts in files.items():
+            self._file(number, prompts)
+
+    def _file(self, number: int, prompts: Sequence[str]) -> None:
         config = self.config
         seeds_PG = [_noise_seeds(config, prompt) for prompt in prompts]
-        images_PG = self._generate(prompts, seeds_PG, sampler, encoders)
+        images_PG = self._generate(prompts, seeds_PG)
         scores_PG = self.ranker.scores(prompts, images_PG).tolist()
         rows, lines = [], []
         for prompt, seeds, images, scores in zip(prompts, seeds_PG, images_PG, scores_PG, strict=True):
@@ -276,12 +286,10 @@ class _Maker:
         _write_pairs(self.folder / f"train-{number:05d}.parquet", rows)
         write_jsonl(_scores_path(self.folder, number), lines)
 
-    def _generate(
-        self, prompts: Sequence[str], seeds_PG: Sequence[Sequence[int]], sampler: Sampler, encoders: Encoders
-    ) -> list[list[Image.Image]]:
-        size, decode = self.config.num_generations, encoders.codec.decode
+    def _generate(self, prompts: Sequence[str], seeds_PG: Sequence[Sequence[int]]) -> list[list[Image.Image]]:
+        embed, decode, size = self.encoders.prompts, self.encoders.codec.decode, self.config.num_generations
         repeated, seeds = [prompt for prompt in prompts for _ in range(size)], list(itertools.chain(*seeds_PG))
-        images = list(generate_images(sampler, encoders.prompts, decode, repeated, seeds, self.config.batch_size))
+        images = list(generate_images(self.sampler, embed, decode, repeated, seeds, self.config.batch_size))
         return [images[i : i + size] for i in range(0, len(images), size)]
 
 
@@ -321,7 +329,8 @@ def _finish(config: MakePairsConfig, folder: Path, files: int) -> None:
     if not pairs:
         raise PrxPostError(
             f"no two images of a prompt differ by more than min_gap ({config.min_gap:g}); of {len(lines)} prompts, the "
-            f"images of {alike} all score alike. Choose another reward, lower min_gap, or raise num_generations."
+            f"images of {alike} all score alike. Choose another reward, a lower min_gap or more "
+            f"num_generations, in another output_dir."
         )
     print(
         f"{pairs} pairs of {len(lines)} prompts in {folder}; {without} prompts gave none, {alike} of them scored alike"
