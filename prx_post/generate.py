@@ -8,7 +8,7 @@ from prx_post.base.errors import PrxPostError
 from prx_post.base.files import existing_file, make_folder, require_empty
 from prx_post.base.parsing import parse
 from prx_post.base.settings import doc
-from prx_post.data.prompts import read_prompt_lines, read_prompt_rows
+from prx_post.data.prompts import read_prompt_file
 from prx_post.model.config import DrawConfig
 
 
@@ -31,8 +31,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     prompts = list(config.prompts)
     if config.prompts_file is not None:
         path = existing_file("prompts_file", config.prompts_file)
-        rows = read_prompt_rows(path) if path.suffix in (".json", ".jsonl") else read_prompt_lines(path)
-        prompts += [row["prompt"] for row in rows]
+        prompts += [row["prompt"] for row in read_prompt_file(path)]
     if not prompts:
         raise PrxPostError("prompts is empty, but must hold at least one. Give --prompts or --prompts_file.")
     return prompts

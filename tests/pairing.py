@@ -28,13 +28,14 @@ def write_pairs(pairs: Sequence[Pair], folder: Path) -> Path:
     return folder
 
 
-def dpo_arguments(pairs: Path, cache: Path, output_dir: Path, **changes: object) -> list[str]:
+def dpo_arguments(dataset: Path | None, cache: Path, output_dir: Path, **changes: object) -> list[str]:
     """Four steps of eight pairs."""
     values = {
-        **{"model_name_or_path": "tiny", "dataset_name": pairs, "height": 32, "width": 64, "cache_dir": cache},
+        **{"model_name_or_path": "tiny", "dataset_name": dataset, "height": 32, "width": 64, "cache_dir": cache},
         **{"output_dir": output_dir, "max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-4},
         **{"logging_steps": 1, "save_steps": 2, "save_total_limit": 9, "sample_steps": 0, "report_to": "none"},
         **{"ema_decay": 0.5, "num_inference_steps": 2, "resume_from_checkpoint": "latest", "ddp_timeout": 60},
         **changes,
     }
-    return ["dpo", *(str(part) for name, value in values.items() for part in (f"--{name}", value))]
+    given = {name: value for name, value in values.items() if value is not None}
+    return ["dpo", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]

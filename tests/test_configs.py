@@ -7,7 +7,7 @@ import yaml
 
 from prx_post.base.parsing import parse
 from prx_post.evaluation.config import EvalConfig
-from prx_post.rewards.judges.vision_judge import VisionJudgeConfig
+from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.stages.dpo.make_pairs import MakePairsConfig
 from prx_post.stages.registry import REGISTRY
 

@@ -1,22 +1,19 @@
-"""Settings of images with captions. Imports nothing heavy."""
+"""Settings of what is trained on, and how it becomes latents and embeddings. Imports nothing heavy."""
 
 from dataclasses import dataclass
 
 from prx_post.base.settings import check_fields, doc, require
 
+DATASET = "An image folder, a parquet file or a folder of them, or a Hub id"
+
 
 @dataclass
-class DataConfig:
-    """Images with captions, and how they become latents and embeddings."""
+class EncodedData:
+    """Images of prompts, encoded once."""
 
-    dataset_name: str | None = doc(
-        "An image folder, a parquet file or a folder of them, or a Hub id.",
-        None,
-        required=("a folder, a parquet file or a Hub id", "there is nothing to train on"),
-    )
+    dataset_name: str | None = doc(f"{DATASET}.", None)
     dataset_split: str = doc("Split to read.", "train")
-    image_column: str = doc("Column with the images.", "image")
-    prompt_column: str = doc("Column with the captions.", "prompt")
+    prompt_column: str = doc("Column with the prompts.", "prompt")
     height: int | None = doc(
         "Train at this height, pixels; null: aspect buckets of the checkpoint's size.", None, above=0
     )
@@ -24,52 +21,68 @@ class DataConfig:
     skip_text_cleaning: bool = doc(
         "Only light prompt cleaning, as the pipeline's flag of this name; use the same value at inference.", False
     )
-    cache: str = doc(
-        "`disk`: encode once, reuse across runs and stages; `none`: encode on the fly.",
-        "disk",
-        one_of=("disk", "none"),
-    )
     cache_dir: str = doc("Folder of the latent and embedding cache.", "~/.cache/prx-post", resume="free")
     max_bad_fraction: float = doc("Stop when more than this fraction of the rows cannot be used.", 0.01, between=(0, 1))
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_size(self.height, self.width)
+        reason, action = f"width is {self.width!r}", "Set both for one fixed size, or neither for aspect buckets"
+        ok = (self.height is None) == (self.width is None)
+        require(ok, "height", self.height, "set together with width", reason, action)
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """Height and width, pixels; None: aspect buckets."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
 
 
 @dataclass
-class PairConfig:
-    """Preference pairs: two images of one prompt, the first preferred; TRL's columns."""
+class DataConfig(EncodedData):
+    """Images with captions."""
 
     dataset_name: str | None = doc(
-        "Preference pairs: a parquet file or a folder of them, an image folder, or a Hub id.",
+        f"{DATASET}.",
         None,
         required=("a folder, a parquet file or a Hub id", "there is nothing to train on"),
     )
-    dataset_split: str = doc("Split to read.", "train")
-    prompt_column: str = doc("Column with the prompts.", "prompt")
+    prompt_column: str = doc("Column with the captions.", "prompt")
+    image_column: str = doc("Column with the images.", "image")
+    cache: str = doc(
+        "`disk`: encode once, reuse across runs and stages; `none`: encode on the fly.",
+        "disk",
+        one_of=("disk", "none"),
+    )
+
+
+@dataclass
+class PreferenceConfig(EncodedData):
+    """What is preferred to what: pairs of images of one prompt, or images labelled good or bad. TRL's columns.
+
+    Both images of a pair are trained at the chosen one's size.
+    """
+
+    dataset_name: str | None = doc(f"{DATASET}; null where the policy makes its own pairs.", None)
     chosen_column: str = doc("Column with the preferred images.", "chosen")
     rejected_column: str = doc("Column with the other images.", "rejected")
-    height: int | None = doc(
-        "Train at this height, pixels; null: aspect buckets of the checkpoint's size, by the chosen image.",
-        None,
-        above=0,
-    )
-    width: int | None = doc("Train at this width, pixels; set both or neither.", None, above=0)
-    skip_text_cleaning: bool = doc(
-        "Only light prompt cleaning, as the pipeline's flag of this name; use the same value at inference.", False
-    )
-    cache_dir: str = doc("Folder of the latent and embedding cache.", "~/.cache/prx-post", resume="free")
-    max_bad_fraction: float = doc(
-        "Stop when more than this fraction of the pairs cannot be used.", 0.01, between=(0, 1)
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_size(self.height, self.width)
+    completion_column: str = doc("Column with the images that are labelled one by one (loss_type kto).", "completion")
+    label_column: str = doc("Column that is true for good images, false for bad ones (loss_type kto).", "label")
 
 
-def check_size(height: int | None, width: int | None) -> None:
-    """Raise ConfigError unless both are set, or neither."""
-    reason, action = f"width is {width!r}", "Set both for one fixed size, or neither for aspect buckets"
-    require((height is None) == (width is None), "height", height, "set together with width", reason, action)
+@dataclass
+class TimestepConfig:
+    """The density of training timesteps: logit-normal, a fraction of them uniform, then shifted."""
+
+    timestep_mean: float = doc("Mean of the normal variable whose sigmoid is t.", 0.0)
+    timestep_std: float = doc("Standard deviation of that variable.", 1.0, above=0)
+    timestep_shift: float = doc("t -> shift·t / (1 + (shift - 1)·t); above 1 favours noise.", 1.0, above=0)
+    timestep_uniform_fraction: float = doc("Fraction of draws whose t is uniform instead.", 0.0, between=(0, 1))
+
+    @property
+    def timestep_density(self) -> dict[str, float]:
+        """Arguments of `flow.sample_timesteps`."""
+        return {
+            "mean": self.timestep_mean,
+            "std": self.timestep_std,
+            "shift": self.timestep_shift,
+            "uniform_fraction": self.timestep_uniform_fraction,
+        }

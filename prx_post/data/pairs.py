@@ -4,7 +4,7 @@ An image is encoded once, however many pairs hold it. Both images of a pair are 
 aspect bucket.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from prx_post.base.files import write_jsonl
 from prx_post.base.ranks import Ranks
 from prx_post.data.buckets import Buckets, Size
 from prx_post.data.cache import content_key
-from prx_post.data.config import PairConfig
+from prx_post.data.config import PreferenceConfig
 from prx_post.data.encoding import (
     EMPTY_CAPTION,
     LOST_CAPTION,
@@ -32,20 +32,26 @@ from prx_post.data.readers import open_dataset
 from prx_post.data.rows import BadRow, DataError, ImageRows, report_bad_rows
 from prx_post.data.source import LatentSource
 from prx_post.engine.protocols import Batch
+from prx_post.flow import seeded_noise
 from prx_post.model.text import PromptCleaner
 
 IDENTICAL = "both images are the same"
 DUPLICATE = "an earlier pair is the same"
+SEEDS, SCORES = ("chosen_seed", "rejected_seed"), ("chosen_score", "rejected_score")
+"""Columns, as `prx-post data make-pairs` writes them."""
+RefErrors = Mapping[tuple[int, int], tuple[float, float]]
+"""By place of the pair and seed of the draw: the reference's errors on the chosen and on the rejected image."""
 TIE = "another pair prefers these images the other way round"
 
 
 class PairRows(ImageRows):
     """The images of N pairs: row 2i is the chosen image of pair i, row 2i + 1 the rejected one."""
 
-    def __init__(self, dataset: Any, config: PairConfig) -> None:
+    def __init__(self, dataset: Any, config: PreferenceConfig) -> None:
         super().__init__(dataset, config.chosen_column, config.prompt_column)
         self.prompts = [prompt for prompt in self.prompts for _ in range(2)]
         self._columns = (config.chosen_column, config.rejected_column)
+        self._seeds, self._scores = (self._numbers(names) for names in (SEEDS, SCORES))
 
     def __len__(self) -> int:
         return 2 * len(self._dataset)
@@ -54,22 +60,45 @@ class PairRows(ImageRows):
         pair, side = divmod(row, 2)
         return self._dataset[pair][self._columns[side]] or {}
 
+    def _numbers(self, columns: Sequence[str]) -> list[Any]:
+        """Of each pair, those of both images; None if they are not all there."""
+        if not set(columns) <= set(self._dataset.column_names):
+            return [None] * len(self._dataset)
+        both = zip(*(self._dataset[column] for column in columns), strict=True)
+        return [None if None in numbers else numbers for numbers in both]
+
+    def seeds(self, pair: int) -> tuple[int, int] | None:
+        """Of the noise that the chosen and the rejected image were generated from, if that is known."""
+        return self._seeds[pair]
+
+    def gap(self, pair: int) -> float | None:
+        """By how much the chosen image scored higher, if that is known."""
+        scores = self._scores[pair]
+        return None if scores is None else scores[0] - scores[1]
+
     def name(self, row: int) -> str:
         pair, side = divmod(row, 2)
         return f"pair {pair}, {('chosen', 'rejected')[side]}"
 
 
-def read_pairs(config: PairConfig) -> PairRows:
+def read_pairs(config: PreferenceConfig) -> PairRows:
     """Open the pairs of a configuration. Raises DataError: they do not exist, lack a column, or are empty."""
-    return PairRows(open_dataset(config, ("chosen_column", "rejected_column")), config)
+    return PairRows(open_dataset(config, ("chosen_column", "rejected_column"), also=(*SEEDS, *SCORES)), config)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A usable pair."""
+    """A usable pair.
+
+    Attributes:
+        seeds: of the noise that both images were generated from, at the size at which they are trained.
+        gap: by how much the chosen image scored higher.
+    """
 
     chosen: Sample
     rejected: Sample
+    seeds: tuple[int, int] | None = None
+    gap: float | None = None
 
     @property
     def number(self) -> int:
@@ -90,7 +119,7 @@ def scan_pairs(
     pairs, bad = [], []
     numbers = ranks.share(range(len(rows) // 2))
     for number in tqdm(numbers, desc="scanning", unit="pair", leave=False, disable=ranks.rank > 0):
-        prompt, size, samples = rows.prompts[2 * number] or "", None, []
+        prompt, size, samples, own_sizes = rows.prompts[2 * number] or "", None, [], set()
         if not cleaner(prompt):
             bad.append(BadRow(number, f"pair {number}", LOST_CAPTION if prompt.strip() else EMPTY_CAPTION))
             continue
@@ -102,9 +131,12 @@ def scan_pairs(
                 bad.append(BadRow(number, rows.name(row), str(error)))
                 break
             size = buckets(*own) if size is None else size
+            own_sizes.add(own)
             samples.append(Sample(row, prompt, size, _image_key(data, size), content_key(cleaner(prompt))))
         else:
-            pairs.append(Pair(*samples))
+            seeds = rows.seeds(number) if own_sizes == {size} else None  # a resized image has no noise
+            chosen, rejected = samples
+            pairs.append(Pair(chosen, rejected, seeds, rows.gap(number)))
     return pairs, bad
 
 
@@ -134,7 +166,7 @@ def without_contradictions(pairs: Sequence[Pair]) -> tuple[list[Pair], list[BadR
 
 
 def prepare_pairs(
-    config: PairConfig,
+    config: PreferenceConfig,
     rows: PairRows,
     encoders: Encoders,
     buckets: Buckets,
@@ -180,7 +212,7 @@ def prepare_pairs(
     return pairs, with_what_others_wrote(open_cache, images, prompts, ranks)
 
 
-def _nothing_left(config: PairConfig, total: int, reason: str, ranks: Ranks) -> DataError:
+def _nothing_left(config: PreferenceConfig, total: int, reason: str, ranks: Ranks) -> DataError:
     return DataError(
         f"dataset_name is {config.dataset_name!r}, of whose {total} pairs none is left: {reason}, for one. All are "
         f"listed in output_dir. Choose another data set."
@@ -194,16 +226,54 @@ def _list_filtered(left_out: Sequence[BadRow], path: Path, total: int) -> None:
         tqdm.write(f"{len(left_out)} of {total} pairs say nothing and are left out, listed in {path}")
 
 
+def require_of_all(pairs: Sequence[Pair], config: PreferenceConfig, *, seeds: bool, gaps: bool) -> None:
+    """Raise DataError, naming the first pair that lacks what the loss needs."""
+    for pair in pairs:
+        if seeds and pair.seeds is None:
+            raise DataError(
+                f"pair_noise is 'own', but pair {pair.number} of {config.dataset_name} has no {' and '.join(SEEDS)}, "
+                f"or its images are not of the size at which they are trained. Make pairs with `prx-post data "
+                f"make-pairs`, and set their height and width; or set pair_noise: shared."
+            )
+        if gaps and not (pair.gap or 0) > 0:
+            raise DataError(
+                f"beta_by_gap is set, but pair {pair.number} of {config.dataset_name} has no {' above '.join(SCORES)}. "
+                f"Make pairs with `prx-post data make-pairs`, or set beta_by_gap: 0."
+            )
+
+
 @dataclass
 class PairSource(LatentSource):
     """Micro-batches of pairs: `samples` are the chosen images, whose latents are `latents`; `rejected` [B, C, H, W] are
-    the others', under the same prompt, noise and timestep.
+    the others', under the same prompt, timestep and, unless each has its own in `rejected_noise`, noise.
+
+    Args:
+        pairs: whose chosen images `samples` are.
+        own_noise: take the noise that each image was generated from.
+        beta_by_gap: batches have `beta_scale` [B], (gap / mean gap) to this power.
+        ref_errors: batches have `ref_errors` [B, 2].
     """
 
-    others: Sequence[Sample] = field(default_factory=list)
-    """The rejected images, in the order of `samples`."""
+    pairs: Sequence[Pair] = field(default_factory=list)
+    own_noise: bool = False
+    beta_by_gap: float = 0.0
+    ref_errors: RefErrors | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._mean_gap = sum(pair.gap or 0.0 for pair in self.pairs) / max(1, len(self.pairs))
 
     def batch(self, draws: Sequence[Draw], step: int) -> Batch:
-        chosen = [self.samples[draw.index] for draw in draws]
-        rejected = torch.stack([self._latents(self.others[draw.index]) for draw in draws])
-        return {**super().batch(draws, step), "rejected": rejected, "rows": [sample.row // 2 for sample in chosen]}
+        pairs, batch = [self.pairs[draw.index] for draw in draws], super().batch(draws, step)
+        batch["rejected"] = torch.stack([self._latents(pair.rejected) for pair in pairs])
+        batch["rows"] = [pair.number for pair in pairs]
+        if self.own_noise:
+            shape = batch["latents"].shape[1:]
+            chosen, rejected = zip(*(pair.seeds or () for pair in pairs), strict=True)
+            batch["noise"], batch["rejected_noise"] = seeded_noise(chosen, shape), seeded_noise(rejected, shape)
+        if self.beta_by_gap:
+            gaps = torch.tensor([pair.gap for pair in pairs])
+            batch["beta_scale"] = (gaps / self._mean_gap) ** self.beta_by_gap
+        if self.ref_errors is not None:
+            batch["ref_errors"] = torch.tensor([self.ref_errors[draw.index, draw.seed] for draw in draws])
+        return batch

@@ -38,8 +38,16 @@ class DrawPlan:
     step is the same for any number of processes and micro-batches that multiply to G.
     """
 
-    def __init__(self, group_of_sample: Sequence[Any], global_batch_size: int, seed: int, num_steps: int) -> None:
-        self.global_batch_size, self.seed = global_batch_size, seed
+    def __init__(
+        self,
+        group_of_sample: Sequence[Any],
+        global_batch_size: int,
+        seed: int,
+        num_steps: int,
+        draws_per_sample: int | None = None,
+    ) -> None:
+        """draws_per_sample: a sample has so many different draws, taken in turn; None: each is new."""
+        self.global_batch_size, self.seed, self.draws_per_sample = global_batch_size, seed, draws_per_sample
         names = sorted(set(group_of_sample))
         self._groups = [np.flatnonzero([g == name for g in group_of_sample]) for name in names]
         fractions = np.array([len(g) for g in self._groups]) / len(group_of_sample)
@@ -54,7 +62,14 @@ class DrawPlan:
     def _draw(self, group: int, position: int) -> Draw:
         members = self._groups[group]
         epoch, place = divmod(position, len(members))
-        return Draw(int(members[self._permutation(group, epoch)[place]]), stream(self.seed, group, position))
+        index = int(members[self._permutation(group, epoch)[place]])
+        if self.draws_per_sample is not None:
+            return self.fixed_draw(index, epoch % self.draws_per_sample)
+        return Draw(index, stream(self.seed, group, position))
+
+    def fixed_draw(self, index: int, number: int) -> Draw:
+        """Draw `number` of the `draws_per_sample` that a sample has."""
+        return Draw(index, stream(self.seed, 6, index, number))
 
     def _permutation(self, group: int, epoch: int) -> np.ndarray:
         key = (group, epoch)

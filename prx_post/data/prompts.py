@@ -7,6 +7,11 @@ from typing import Any
 from prx_post.base.errors import PrxPostError
 
 
+def read_prompt_file(path: Path) -> list[dict[str, Any]]:
+    """Rows with a `prompt` each, of JSON or, by any other suffix, of text with one a line."""
+    return read_prompt_rows(path) if path.suffix in (".json", ".jsonl") else read_prompt_lines(path)
+
+
 def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
     """Objects with a `prompt` each: JSON lines, or one JSON list (.json) of them or of strings.
 

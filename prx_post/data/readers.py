@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prx_post.data.config import DataConfig, PairConfig
+from prx_post.data.config import DataConfig, EncodedData
 from prx_post.data.mds import MdsRows, mds_folder
 from prx_post.data.rows import DataError, ImageRows
 
@@ -22,10 +22,15 @@ def read_rows(config: DataConfig) -> ImageRows:
     return ImageRows(dataset, config.image_column, config.prompt_column)
 
 
-def open_dataset(config: DataConfig | PairConfig, image_fields: Sequence[str]) -> Any:
-    """A `datasets.Dataset` of the prompt column and of the columns that the settings `image_fields` name.
+def open_dataset(
+    config: EncodedData, image_fields: Sequence[str], fields: Sequence[str] = (), also: Sequence[str] = ()
+) -> Any:
+    """A `datasets.Dataset` of the prompt column and of the columns that the settings `image_fields` and `fields` name.
 
-    Cells of these are encoded images: {"bytes", "path"}.
+    Cells of the former are encoded images: {"bytes", "path"}.
+
+    Args:
+        also: columns that are taken along where the set has them.
 
     Raises:
         DataError: it does not exist, lacks a column, is empty, or a column holds something else.
@@ -33,7 +38,7 @@ def open_dataset(config: DataConfig | PairConfig, image_fields: Sequence[str]) -
     import datasets
 
     dataset = _load(config)
-    columns = {field: getattr(config, field) for field in (*image_fields, "prompt_column")}
+    columns = {field: getattr(config, field) for field in (*image_fields, *fields, "prompt_column")}
     for field, column in columns.items():
         if column not in dataset.column_names:
             raise DataError(
@@ -45,7 +50,8 @@ def open_dataset(config: DataConfig | PairConfig, image_fields: Sequence[str]) -
             raise DataError(f"{field} is {column!r}, but so is {same[0]}. Choose another column for one of them.")
     if len(dataset) == 0:
         raise _no_rows(config.dataset_name)
-    dataset = dataset.select_columns(list(columns.values()))  # so that no other image is decoded
+    kept = [*columns.values(), *(name for name in also if name in dataset.column_names)]
+    dataset = dataset.select_columns(kept)  # so that no other image is decoded
     prompt_kind = getattr(dataset.features[config.prompt_column], "dtype", "lists")
     if prompt_kind not in ("string", "large_string"):
         raise DataError(
@@ -68,7 +74,7 @@ def _not_empty(rows: ImageRows, config: DataConfig) -> ImageRows:
     return rows
 
 
-def _column_hint(config: DataConfig | PairConfig, field_name: str) -> str:
+def _column_hint(config: EncodedData, field_name: str) -> str:
     folder = Path(str(config.dataset_name)).expanduser()
     captions = folder.is_dir() and not any(folder.rglob("metadata.*")) and not any(folder.rglob("*.parquet"))
     if field_name == "prompt_column" and captions:
@@ -83,7 +89,7 @@ def _no_rows(name: str | None) -> DataError:
     return DataError(f"dataset_name is {name!r}, which has no rows. Choose another data set or split.")
 
 
-def _load(config: DataConfig | PairConfig) -> Any:
+def _load(config: EncodedData) -> Any:
     import datasets
     import pyarrow.parquet as pq
 

@@ -1,5 +1,6 @@
 """How large a data set's latents and embeddings are, from image headers and token counts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,9 +8,7 @@ import torch
 
 from prx_post.base.errors import PrxPostError
 from prx_post.data.buckets import Buckets, Size
-from prx_post.data.config import DataConfig
 from prx_post.data.images import image_size
-from prx_post.data.readers import read_rows
 from prx_post.data.rows import ImageRows
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.text import PromptCleaner, tokenize
@@ -33,21 +32,30 @@ class CacheSize:
 
 
 def cache_size(
-    data: DataConfig, pipeline: PipelineFolder, buckets: Buckets, text_dtype: torch.dtype
+    name: str | None,
+    read: Callable[[], ImageRows],
+    pipeline: PipelineFolder,
+    buckets: Buckets,
+    cleaner: PromptCleaner,
+    text_dtype: torch.dtype,
 ) -> CacheSize | str:
     """The cache of a local data set, from image headers and token counts; or why it is not known.
 
-    Nothing is written, so what an earlier run may have put there is not looked up.
+    Nothing is written, so what an earlier run may have put there is not looked up. Every row is counted as an image of
+    its own.
+
+    Args:
+        name: of the data set.
+        read: opens it.
     """
-    if not Path(str(data.dataset_name)).expanduser().exists():
-        return f"{data.dataset_name} is not on this machine"
+    if not Path(str(name)).expanduser().exists():
+        return f"{name} is not on this machine"
     try:
-        rows = read_rows(data)
+        rows = read()
         tokenizer = pipeline.load_tokenizer()
     except (PrxPostError, OSError) as error:
         return " ".join(str(error).split())
     chosen = range(len(rows)) if len(rows) <= LOOKED_AT else [i * len(rows) // LOOKED_AT for i in range(LOOKED_AT)]
-    cleaner = PromptCleaner(data.skip_text_cleaning)
     prompts = {cleaner(rows.prompts[row] or "") for row in chosen} - {""}
     tokens = [int(tokenize(tokenizer, prompt)["attention_mask"].sum()) for prompt in sorted(prompts)]
     embeddings = text_dtype.itemsize * sum(tokens) * pipeline.configs["transformer"]["context_in_dim"]

@@ -1,5 +1,6 @@
 """The processes of a run: accelerate's object, DeepSpeed's settings, and agreement between ranks."""
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -123,6 +124,18 @@ def deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
     # A small weight that stays gathered would not follow when the averaged weights are swapped in.
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return plugin
+
+
+def split_frozen(module: Any, accelerator: Accelerator) -> Any:
+    """A frozen network on this process's device; under ZeRO-3 an engine of its own holds this process's part of it."""
+    if not uses_deepspeed(accelerator) or accelerator.state.deepspeed_plugin.zero_stage < 3:
+        return module.to(accelerator.device)
+    import deepspeed
+
+    settings = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    settings["zero_optimization"].pop("offload_optimizer", None)  # there is none
+    engine, *_ = deepspeed.initialize(model=module, config=settings)
+    return engine.eval()
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:

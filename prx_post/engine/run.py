@@ -18,7 +18,7 @@ from prx_post.base.ranks import Ranks
 from prx_post.base.settings import Rules
 from prx_post.engine.checkpointing import LATEST, SavedState, checkpoints, open_checkpoint, select_checkpoint
 from prx_post.engine.config import TrainConfig
-from prx_post.engine.processes import agreement, build_accelerator, ranks_of
+from prx_post.engine.processes import agreement, build_accelerator, ranks_of, split_frozen
 from prx_post.engine.resume import check_settings, keep_global_batch
 from prx_post.engine.signals import StopSignals
 
@@ -75,6 +75,10 @@ class Run:
     def transformer(self, pipeline: Any, dtype: torch.dtype = torch.float32) -> Any:
         """The network of a `PipelineFolder`, loaded; `prx-post plan` gives one without values in its place."""
         return pipeline.load_transformer(dtype)
+
+    def frozen(self, module: Any) -> Any:
+        """A network that is only asked, on this process's device; under ZeRO-3 split among the processes."""
+        return split_frozen(module.eval().requires_grad_(False), self.accelerator)
 
     def place(self, module: Any) -> Any:
         """The module on this process's device."""

@@ -32,8 +32,9 @@ from prx_post.evaluation.scoring import Scores, compare, measure, open_encoders,
 from prx_post.evaluation.summary import Slice, slices
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.model.text import PromptCleaner
+from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.rewards.judges.pairwise import position_bias
-from prx_post.rewards.judges.vision_judge import VisionJudge, VisionJudgeConfig
+from prx_post.rewards.judges.vision_judge import VisionJudge
 
 MARK = "evaluation.json"
 

@@ -1,11 +1,12 @@
-"""Frozen networks that answer: a teacher, or the policy as it was. Three ways to hold one, behind one interface.
+"""Frozen networks that answer: a teacher, or the policy as it was. Four ways to hold one, behind one interface.
 
     AdapterOff     no second network: the policy's own, without its adapter
+    EarlierSelf    no second network: the policy's own, with its trained weights as they were
     FrozenCopy     a copy, in any precision
     SlowAverage    a copy that follows the policy
 
 None is registered in the objective, so that no wrapper takes it for something to train or to split. Under ZeRO-3 a copy
-is whole in every process; AdapterOff is split as the policy is.
+is whole in every process, unless `Run.frozen` has split it; AdapterOff is split as the policy is.
 """
 
 from collections.abc import Mapping
@@ -75,3 +76,43 @@ class AdapterOff:
                 return guided(self.policy, prompts, None, 1.0)(x_t, t).float()
         finally:
             self.policy.train(was_training)
+
+
+class EarlierSelf:
+    """The policy as it was at an earlier step: while it answers, its trained weights are exchanged for those.
+
+    For adapters, whose weights are few; the answer must come before the policy's own forward pass, whose backward pass
+    would find weights that were changed. Not for weights that are split (ZeRO-3), which are gathered ahead of time.
+    """
+
+    def __init__(self, policy: Any, device: torch.device) -> None:
+        self.policy = policy
+        self._trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self._earlier = {name: p.detach().to(device, copy=True) for name, p in self._trained.items()}
+
+    @torch.no_grad()
+    def velocity(self, x_t: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+        """fp32."""
+        now = {name: p.detach().clone() for name, p in self._trained.items()}
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            self._set(self._earlier)
+            return guided(self.policy, prompts, None, 1.0)(x_t, t).float()
+        finally:
+            self._set(now)
+            self.policy.train(was_training)
+
+    @torch.no_grad()
+    def follow(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        """As SlowAverage."""
+        for name, value in weights.items():
+            self._earlier[name].lerp_(value.to(self._earlier[name]), 1 - decay)
+
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """As SlowAverage."""
+        return {f"{name}.{key}": value for key, value in self._earlier.items()}
+
+    def _set(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._trained[name].copy_(value)

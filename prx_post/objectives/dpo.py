@@ -8,24 +8,28 @@ not depend on the resolution: β of sum-reduced errors is 1/(C·H·W) of it. Dif
 constant over t, without T·ω(λ_t), because a weight by t over-optimises high noise.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 Metrics = dict[str, Tensor]
+Beta = float | Tensor
+"""One for all, or each pair's, [B]."""
 
 
-def _sigmoid(gain: Tensor, beta: float) -> Tensor:
+def _sigmoid(gain: Tensor, beta: Beta) -> Tensor:
     """-log σ(β gain): DPO (Rafailov et al. 2023, eq. 7)."""
     return -logsigmoid(beta * gain)
 
 
-def _hinge(gain: Tensor, beta: float) -> Tensor:
+def _hinge(gain: Tensor, beta: Beta) -> Tensor:
     """max(0, 1 - β gain): SLiC (Zhao et al. 2023) on DPO's margin."""
     return torch.relu(1 - beta * gain)
 
 
-def _ipo(gain: Tensor, beta: float) -> Tensor:
+def _ipo(gain: Tensor, beta: Beta) -> Tensor:
     """(gain - 1/(2β))²: IPO (Azar et al. 2023, eq. 17), whose margin is bounded."""
     return (gain - 1 / (2 * beta)).square()
 
@@ -40,7 +44,7 @@ def diffusion_dpo_loss(
     ref_win_error: Tensor,
     ref_lose_error: Tensor,
     *,
-    beta: float,
+    beta: Beta,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
     lose_weight: float = 1.0,
@@ -51,7 +55,7 @@ def diffusion_dpo_loss(
     Args:
         win_error, lose_error: the policy's on the chosen and the rejected image, at the pair's one t and noise. [B].
         ref_win_error, ref_lose_error: the reference's there; no gradient flows into them. [B]; zeros: reference-free.
-        beta: how dearly leaving the reference is paid; per mean error.
+        beta: how dearly leaving the reference is paid, per mean error; one number, or one a pair [B].
         loss_type: of PAIR_LOSSES.
         label_smoothing: probability that a label is wrong (conservative DPO, Mitchell 2023); for `sigmoid` alone.
         lose_weight: of the rejected image's change; below 1, less is gained by spoiling it.
@@ -78,12 +82,12 @@ def diffusion_dpo_loss(
 
 
 @torch.no_grad()
-def pair_metrics(win_change: Tensor, lose_change: Tensor, beta: float) -> Metrics:
+def pair_metrics(win_change: Tensor, lose_change: Tensor, beta: Beta) -> Metrics:
     """Means over pairs; `*_change` [B], policy's error less the reference's.
 
     `win_change`, `lose_change`: below 0, the policy has become better at denoising such images.
     `accuracy`: fraction of pairs in which it gained more on the chosen image; a tie counts half.
-    `margin`: difference of implicit rewards, -β/2 (win_change - lose_change).
+    `margin`: difference of implicit rewards, β/2 (lose_change - win_change).
     `both_rise`: fraction of pairs in which both errors rose; the known failure, the margin grows as both images decay.
     """
     difference = lose_change - win_change
@@ -91,7 +95,7 @@ def pair_metrics(win_change: Tensor, lose_change: Tensor, beta: float) -> Metric
         "win_change": win_change.mean(),
         "lose_change": lose_change.mean(),
         "accuracy": ((difference > 0).float() + 0.5 * (difference == 0).float()).mean(),
-        "margin": 0.5 * beta * difference.mean(),
+        "margin": (0.5 * beta * difference).mean(),
         "both_rise": ((win_change > 0) & (lose_change > 0)).float().mean(),
     }
 
@@ -104,6 +108,7 @@ def diffusion_kto_loss(
     beta: float,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    average: Callable[[Tensor], Tensor] = torch.clone,
 ) -> tuple[Tensor, Metrics]:
     """KTO on images that are labelled good or bad, unpaired (Ethayarajh et al. 2024, eq. 7; Li et al. 2024 for images).
 
@@ -113,19 +118,20 @@ def diffusion_kto_loss(
     Args:
         error, ref_error: the policy's and the reference's. [B].
         desirable: whether the image is a good one. [B] bool.
+        average: of a scalar over all processes, so that they have one reference point.
 
     Returns:
-        loss (fp32 scalar), 1 - the mean utility at weights of 1; metrics `desirable_reward`, `undesirable_reward`
-        (means, NaN where the batch has none) and `reference_point`.
+        loss (fp32 scalar), 1 - the mean utility at weights of 1; metrics, means over the batch: `accuracy`, images on
+        their label's side of the reference point, a tie counts half; `margin`, how far; `reference_point`.
     """
     reward = -0.5 * beta * (error.float() - ref_error.detach().float())
-    reference_point = reward.detach().mean().clamp_min(0)
-    utility = torch.sigmoid(torch.where(desirable, reward - reference_point, reference_point - reward))
+    reference_point = average(reward.detach().mean()).clamp_min(0)
+    gain = torch.where(desirable, reward - reference_point, reference_point - reward)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)
     with torch.no_grad():
         metrics = {
-            "desirable_reward": torch.where(desirable, reward, torch.nan).nanmean(),
-            "undesirable_reward": torch.where(desirable, torch.nan, reward).nanmean(),
+            "accuracy": ((gain > 0).float() + 0.5 * (gain == 0).float()).mean(),
+            "margin": gain.mean(),
             "reference_point": reference_point,
         }
-    return (weight * (1 - utility)).mean(), metrics
+    return (weight * (1 - torch.sigmoid(gain))).mean(), metrics

@@ -90,7 +90,8 @@ class DryRun:
     Attributes:
         parameters: of the network that is emitted.
         trained_parameters: of all groups; `policy_parameters` of them are averaged and emitted.
-        weights: of everything that is held, frozen networks too; `frozen` of them are held whole by every process.
+        weights: of everything that is held, frozen networks too; `frozen` of them are other networks', of which ZeRO-3
+            splits `frozen_split`.
         activations: the peak of forward and backward pass without gradients: what autograd keeps, the gradients of
             activations, one batch.
         activations_and_gradients: the same with the gradients that exist at that moment.
@@ -108,6 +109,7 @@ class DryRun:
     step_temporaries: int
     accumulates: bool = False
     frozen: int = 0
+    frozen_split: int = 0
     policy_parameters: int | None = None
 
     @property
@@ -123,6 +125,8 @@ class PlannedRun:
     def __init__(self, config: Any, device: str) -> None:
         self.config, self.device, self.ranks = config, torch.device(device), ALONE
         self.made: list[nn.Module] = []
+        self.split: list[nn.Module] = []
+        """Of those, frozen ones that ZeRO-3 splits as it does the trained."""
 
     @property
     def global_batch_size(self) -> int:
@@ -134,6 +138,10 @@ class PlannedRun:
         network = PRXTransformer2DModel.from_config(pipeline.configs["transformer"]).to(dtype)
         self.made.append(network)
         return network
+
+    def frozen(self, module: nn.Module) -> nn.Module:
+        self.split.append(module)
+        return module.requires_grad_(False)
 
     def place(self, module: nn.Module) -> nn.Module:
         return module
@@ -192,6 +200,7 @@ def dry_run(open_stage: Callable[[Any], Stage], config: Any, device: str) -> Dry
         step_temporaries=watch.peak - before,
         accumulates=stage.config.gradient_accumulation_steps > 1,
         frozen=sum(p.nbytes for key, p in held.items() if key not in ours),
+        frozen_split=sum(p.nbytes for module in run.split for p in module.parameters()),
         policy_parameters=sum(p.numel() for p in policy),
     )
 

@@ -113,7 +113,8 @@ def _zero_3(run: DryRun, parallel: Parallel, ema: int, per_rank: int) -> Memory:
     moments, copy, gradients, host = run.optimizer // count, part, part, per_rank
     if parallel.offload:
         host, moments, copy, gradients, first = per_rank + moments + 3 * part, 0, 0, 0, 0
-    weights = run.frozen + (run.weights - run.frozen) // count
+    whole = run.frozen - run.frozen_split
+    weights = whole + (run.weights - whole) // count
     state = weights + copy + gradients + ema
     backward = max(first, moments) + run.activations + buffers
     step = moments + gradients + gathered + bucket

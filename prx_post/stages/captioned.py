@@ -18,8 +18,7 @@ class CaptionedStage(PipelineStage):
     """Settings are a ModelConfig, a DataConfig and the stage's own."""
 
     def __init__(self, model: ModelConfig, data: DataConfig, config: Any, *, planned: bool = False) -> None:
-        size = (data.height, data.width) if data.height is not None and data.width is not None else None
-        super().__init__(model, config, data.skip_text_cleaning, data.cache_dir, size, planned)
+        super().__init__(model, config, data.skip_text_cleaning, data.cache_dir, data.fixed_size, planned)
         self.data_config = data
         self.buckets = Buckets(self.pipeline, data.height, data.width)
         self.rows = None if planned else read_rows(data)
@@ -55,4 +54,7 @@ class CaptionedStage(PipelineStage):
     def cache_size(self) -> CacheSize | str | None:
         if self.data_config.cache == "none":
             return None
-        return cache_size(self.data_config, self.pipeline, self.buckets, self.text_dtype())
+        data, text_dtype = self.data_config, self.text_dtype()
+        return cache_size(
+            data.dataset_name, lambda: read_rows(data), self.pipeline, self.buckets, self.cleaner, text_dtype
+        )

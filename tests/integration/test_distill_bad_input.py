@@ -8,7 +8,8 @@ import pytest
 
 from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.model.checkpoint import open_pipeline
-from prx_post.stages.distill.pipelines import check_fit, student_scheduler
+from prx_post.stages.compatibility import check_fit
+from prx_post.stages.distill.pipelines import student_scheduler
 from tests.distilling import settings
 from tests.integration.test_bad_input import no_models
 from tests.running import train_distill as train
@@ -18,7 +19,7 @@ def test_what_does_not_fit_is_said_before_a_model_loads(prompts_file, dc_ae_pipe
     no_models(monkeypatch)
     (tmp_path / "empty.jsonl").write_text("")
     for changes, message in (
-        ({"teacher_model_name_or_path": str(dc_ae_pipeline)}, "transformer with .* the teacher must understand"),
+        ({"teacher_model_name_or_path": str(dc_ae_pipeline)}, "transformer with .* but the teacher .* must understand"),
         ({"method": ["ladd"], "head_blocks": [6]}, r"head_blocks is \[6\], but must be below 6"),
         ({"prompts_file": str(tmp_path / "none.jsonl")}, "prompts_file is .* there is no such file"),
         ({"prompts_file": str(tmp_path / "empty.jsonl")}, "has no prompts"),
@@ -36,17 +37,17 @@ def test_teacher_and_student_of_different_vaes_do_not_fit():
     tiny = open_pipeline("tiny")
     other = dataclasses.replace(tiny, configs={**tiny.configs, "vae": {**tiny.configs["vae"], "scaling_factor": 9.0}})
     with pytest.raises(PrxPostError, match="vae with scaling_factor"):
-        check_fit(tiny, other)
+        check_fit(tiny, other, "teacher")
 
 
 def test_defaults_that_a_file_leaves_out_are_no_difference():
     """As between checkpoints that were saved by an older and a newer diffusers."""
     tiny = open_pipeline("tiny")
     shorter = {k: v for k, v in tiny.configs["transformer"].items() if k not in ("resolution_embeds", "theta")}
-    check_fit(tiny, dataclasses.replace(tiny, configs={**tiny.configs, "transformer": shorter}))
+    check_fit(tiny, dataclasses.replace(tiny, configs={**tiny.configs, "transformer": shorter}), "teacher")
     changed = dataclasses.replace(tiny, configs={**tiny.configs, "transformer": {**shorter, "theta": 5}})
     with pytest.raises(PrxPostError, match="transformer with theta 10000, but the teacher tiny has 5"):
-        check_fit(tiny, changed)
+        check_fit(tiny, changed, "teacher")
 
 
 def test_a_teacher_with_another_text_encoder_is_refused(prompts_file, tmp_path):

@@ -11,7 +11,7 @@ from prx_post.model.checkpoint import load
 from prx_post.model.config import ModelConfig
 from prx_post.model.frozen import AdapterOff, FrozenCopy
 from prx_post.model.lora import attach
-from prx_post.stages.dpo.objective import PreferenceObjective
+from prx_post.stages.dpo.objective import PairObjective
 from tests.distilling import batch as a_batch
 from tests.faults import differences, numbers
 from tests.pairing import dpo_arguments, number_pairs, write_pairs
@@ -76,7 +76,7 @@ def test_two_processes_compute_what_one_does(pairs, warm_cache, tmp_path, of_one
 
 def preferring(policy, reference) -> tuple[float, torch.Tensor]:
     torch.manual_seed(0)
-    objective = PreferenceObjective(policy, 1e-4, reference, beta=500.0)
+    objective = PairObjective(policy, 1e-4, reference, beta=500.0)
     batch = a_batch()
     batch |= {"rejected": batch["latents"].flip(0), "t": batch["ladd_t"]}
     loss, _ = objective(batch)
@@ -112,7 +112,7 @@ def test_the_policy_without_its_adapter_is_as_good_a_reference_as_a_copy():
         ({"label_smoothing": 0.5}, "label_smoothing is 0.5, but must be below 0.5"),
         (
             {"label_smoothing": 0.1, "loss_type": "ipo"},
-            "label_smoothing is 0.1, but must be 0 because",
+            "label_smoothing is 0.1, but must be 0.0 because loss_type is 'ipo', which does not use it",
         ),
         ({"dataset_name": "nowhere/at/all"}, "there is no such file or folder"),
         ({"height": "null"}, "height"),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from prx_post.cli import main
-from prx_post.stages.dpo.make_pairs import couples
+from prx_post.stages.dpo.ranking import couples
 from tests.pairing import dpo_arguments
 from tests.processes import run
 

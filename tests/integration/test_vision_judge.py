@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from prx_post.base.errors import PrxPostError
+from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.rewards.judges.pairwise import compare_groups, position_bias
-from prx_post.rewards.judges.vision_judge import VisionJudge, VisionJudgeConfig
+from prx_post.rewards.judges.vision_judge import VisionJudge
 from tests.judging import DROP, answer, error, flat, judging, redder
 
 KEY = "sk-secret"

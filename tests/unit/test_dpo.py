@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prx_post.objectives.dpo import diffusion_dpo_loss, diffusion_kto_loss
-from prx_post.stages.dpo.objective import PreferenceObjective
+from prx_post.stages.dpo.objective import PairObjective
 
 
 def errors(*values: float) -> torch.Tensor:
@@ -90,9 +90,9 @@ def test_kto_by_hand():
         errors(0.6, 1.2), errors(1.0, 1.0), torch.tensor([True, False]), beta=10, undesirable_weight=3.0
     )
     assert loss.item() == pytest.approx((0.182426 + 3 * 0.182426) / 2, abs=1e-5)
-    assert metrics["desirable_reward"].item() == pytest.approx(2)
-    assert metrics["undesirable_reward"].item() == pytest.approx(-1)
     assert metrics["reference_point"].item() == pytest.approx(0.5)
+    assert metrics["margin"].item() == pytest.approx(1.5)  # 2 - 0.5 and 0.5 - -1
+    assert metrics["accuracy"].item() == 1
 
 
 def test_ktos_reference_point_is_not_below_zero_and_takes_no_gradient():
@@ -104,10 +104,29 @@ def test_ktos_reference_point_is_not_below_zero_and_takes_no_gradient():
     assert error.grad.tolist() == pytest.approx([2.5 * 0.196612, -2.5 * 0.196612], abs=1e-5)
 
 
-def test_kto_of_images_of_one_kind_has_no_reward_of_the_other():
-    _, metrics = diffusion_kto_loss(errors(1.0), errors(1.0), torch.tensor([True]), beta=10)
-    assert math.isnan(metrics["undesirable_reward"].item())
-    assert metrics["desirable_reward"].item() == 0
+def test_kto_takes_the_reference_point_of_all_processes():
+    """Reward 2 here, 0 in another process: the point is 1, and 1 - σ(2 - 1) = 0.268941."""
+    loss, metrics = diffusion_kto_loss(
+        errors(0.6), errors(1.0), torch.tensor([True]), beta=10, average=lambda mean: (mean + 0) / 2
+    )
+    assert metrics["reference_point"].item() == pytest.approx(1)
+    assert loss.item() == pytest.approx(0.268941, abs=1e-5)
+
+
+def test_kto_of_a_policy_that_is_the_reference_says_half_and_half():
+    same = errors(1.0, 2.0)
+    loss, metrics = diffusion_kto_loss(same, same, torch.tensor([True, False]), beta=10)
+    assert loss.item() == 0.5
+    assert metrics["accuracy"].item() == 0.5
+    assert metrics["margin"].item() == 0
+
+
+def test_each_pair_may_have_a_beta_of_its_own():
+    """Gains 0.2 and 0.1 as above; β 10 and 20: both margins 2, both losses ln(1 + e^-2)."""
+    win, lose = errors(0.8, 1.1), errors(1.2, 0.8)
+    loss, metrics = diffusion_dpo_loss(win, lose, errors(1.0, 1.0), errors(1.0, 0.5), beta=errors(10.0, 20.0))
+    assert loss.item() == pytest.approx(0.126928, abs=1e-5)
+    assert metrics["margin"].item() == pytest.approx(2)
 
 
 class Constant(torch.nn.Module):
@@ -133,7 +152,7 @@ def test_it_is_the_chosen_images_error_that_is_lowered():
     shape = (3, 4, 2, 2)
     batch = {"latents": torch.zeros(shape), "rejected": torch.ones(shape), "noise": torch.zeros(shape)}
     batch |= {"t": torch.full((3,), 0.5), "prompt_embeds": torch.zeros(3, 1, 8), "prompt_mask": torch.ones(3, 1)}
-    objective = PreferenceObjective(Constant(0.5), 1e-3, Still(), beta=2.0)
+    objective = PairObjective(Constant(0.5), 1e-3, Still(), beta=2.0)
     loss, metrics = objective(batch)
     assert loss.item() == pytest.approx(0.313262, abs=1e-5)
     assert metrics["win_change"].item() == pytest.approx(0.25)

@@ -11,7 +11,7 @@ import torch
 from prx_post.engine.metrics import Window
 from prx_post.model.checkpoint import load
 from prx_post.model.frozen import FrozenCopy
-from prx_post.stages.dpo.objective import PreferenceObjective
+from prx_post.stages.dpo.objective import PairObjective
 from prx_post.stages.sft.objective import FlowMatchingObjective
 from tests import distilling
 
@@ -50,7 +50,7 @@ def test_dpo(has_reference):
     batch |= {"t": batch["ladd_t"], "rejected": batch["latents"]}
     reference = FrozenCopy(load("tiny").transformer.to("meta")) if has_reference else None
     options = {"beta": 500.0, "label_smoothing": 0.1, "sft_weight": 0.1}
-    step(PreferenceObjective(load("tiny").transformer.train(), 1e-4, reference, **options), batch)
+    step(PairObjective(load("tiny").transformer.train(), 1e-4, reference, **options), batch)
 
 
 @pytest.mark.parametrize("method", ["trajectory", "ladd", "dmd2"])

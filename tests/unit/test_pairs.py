@@ -7,7 +7,7 @@ import torch
 
 from prx_post.base.ranks import ALONE
 from prx_post.data.buckets import Buckets
-from prx_post.data.config import PairConfig
+from prx_post.data.config import PreferenceConfig
 from prx_post.data.encoding import Encoders, Sample
 from prx_post.data.pairs import TIE, PairSource, prepare_pairs, read_pairs, without_contradictions
 from prx_post.data.pairs import Pair as Pair_
@@ -21,7 +21,7 @@ from tests.pairing import number_pairs, write_pairs
 
 
 def prepared(folder, cache, out, **changes):
-    config = PairConfig(dataset_name=str(folder), height=32, width=64, cache_dir=str(cache), **changes)
+    config = PreferenceConfig(dataset_name=str(folder), height=32, width=64, cache_dir=str(cache), **changes)
     pipeline, rows = open_pipeline("tiny"), read_pairs(config)
     encoders = Encoders(pipeline, PromptCleaner(False), torch.device("cpu"), torch.float32)
     out.mkdir(exist_ok=True)
@@ -77,16 +77,16 @@ def test_a_set_of_which_nothing_is_left_is_an_error(warm_cache, tmp_path):
 def test_columns_that_are_not_there_are_named(tmp_path):
     folder = write_pairs(number_pairs(1), tmp_path / "set")
     with pytest.raises(DataError, match="rejected_column is 'worse', but .* has only the columns prompt, chosen, reje"):
-        read_pairs(PairConfig(dataset_name=str(folder), rejected_column="worse"))
+        read_pairs(PreferenceConfig(dataset_name=str(folder), rejected_column="worse"))
     with pytest.raises(DataError, match="chosen_column is 'chosen', but so is rejected_column"):
-        read_pairs(PairConfig(dataset_name=str(folder), rejected_column="chosen"))
+        read_pairs(PreferenceConfig(dataset_name=str(folder), rejected_column="chosen"))
 
 
 def test_both_images_of_a_pair_have_one_prompt_noise_and_timestep(warm_cache, tmp_path):
     pairs, cache, encoders = prepared(write_pairs(number_pairs(4), tmp_path / "set"), warm_cache, tmp_path / "run")
     chosen, rejected = [p.chosen for p in pairs], [p.rejected for p in pairs]
     plan = DrawPlan([sample.size for sample in chosen], 4, seed=0, num_steps=2)
-    source = PairSource(chosen, None, cache, encoders, plan, 4, randomness=timestep_and_noise, others=rejected)
+    source = PairSource(chosen, None, cache, encoders, plan, 4, randomness=timestep_and_noise, pairs=pairs)
     (batch,) = source.batches(1)
     assert batch["t"].shape == (4,)
     assert batch["noise"].shape == batch["latents"].shape == batch["rejected"].shape
@@ -110,7 +110,7 @@ def test_pairs_may_stand_in_an_image_folder(warm_cache, tmp_path):
     (folder / "metadata.jsonl").write_text("".join(lines))
     pairs, _, _ = prepared(folder, warm_cache, tmp_path / "run")
     assert [pair.chosen.prompt for pair in pairs] == [pair.prompt for pair in number_pairs(2)]
-    rows = read_pairs(PairConfig(dataset_name=str(folder)))
+    rows = read_pairs(PreferenceConfig(dataset_name=str(folder)))
     assert rows.image_bytes(3) == number_pairs(2)[1].rejected
 
 

@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 
 from prx_post.base.errors import PrxPostError
+from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.rewards.judges.judge_answers import DEFAULT_TEMPLATE, fill_template, parse_answer, read_template
 from prx_post.rewards.judges.pairwise import JudgeCounts, PointwiseJudge, compare_groups, position_bias
-from prx_post.rewards.judges.vision_judge import VisionJudge, VisionJudgeConfig
+from prx_post.rewards.judges.vision_judge import VisionJudge
 
 
 def flat(*reds):

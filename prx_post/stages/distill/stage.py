@@ -26,11 +26,12 @@ from prx_post.model.sampler import Sampler
 from prx_post.model.text import pad_embeddings
 from prx_post.model.trainable import make_trainable
 from prx_post.stages.base import Encoded, PipelineStage
+from prx_post.stages.compatibility import check_fit, check_same_encoders
 from prx_post.stages.distill.config import CONFIGS, DistillConfig, TeacherConfig
 from prx_post.stages.distill.latents import read_training_prompts, teacher_latents, with_real_images
 from prx_post.stages.distill.monitor import StudentMonitor
 from prx_post.stages.distill.objective import DistillationObjective, Randomness, Teacher, Term
-from prx_post.stages.distill.pipelines import check_fit, check_same_encoders, open_teacher, student_scheduler
+from prx_post.stages.distill.pipelines import open_teacher, student_scheduler
 from prx_post.stages.distill.terms import Adversarial, DistributionMatching, Trajectory
 
 CALIBRATION_SAMPLES = 64
@@ -46,7 +47,7 @@ class Distill(PipelineStage):
         super().__init__(model, config, teacher.skip_text_cleaning, teacher.cache_dir, None, planned)
         self.teacher_config = teacher
         self.teacher_pipeline: PipelineFolder = open_teacher(teacher, self.pipeline, planned)
-        check_fit(self.pipeline, self.teacher_pipeline)
+        check_fit(self.pipeline, self.teacher_pipeline, "teacher")
         if "ladd" in config.method:
             check_blocks(config.head_blocks, self.teacher_pipeline.configs["transformer"]["depth"])
         self.student_scheduler, self.sigmas = student_scheduler(self.teacher_pipeline, config)
@@ -71,7 +72,7 @@ class Distill(PipelineStage):
                 f"warning: teacher_guidance_scale is {self.teacher_config.teacher_guidance_scale:g}, so the student "
                 f"learns from unguided images; PRX checkpoints are meant to be guided, by 4 or 5."
             )
-        run.ranks.on_main(lambda: check_same_encoders(self.pipeline, self.teacher_pipeline, self.cache_dir))
+        run.ranks.on_main(lambda: check_same_encoders(self.pipeline, self.teacher_pipeline, "teacher", self.cache_dir))
         encoders = self.encoders(run)
         samples, cache = teacher_latents(
             *(self.teacher_config, self.prompts, encoders, self.image_size),

@@ -21,13 +21,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import (
     FolderLock,
-    existing_file,
     make_folder,
     replacing,
     require_empty,
@@ -36,27 +34,23 @@ from prx_post.base.files import (
 )
 from prx_post.base.parsing import parse
 from prx_post.base.ranks import launched_ranks
-from prx_post.base.settings import check_fields, doc, require
+from prx_post.base.settings import check_fields, doc
 from prx_post.data.cache import content_key, fingerprint
 from prx_post.data.encoding import Encoders
-from prx_post.data.plan import stream
-from prx_post.data.prompts import read_prompt_lines, read_prompt_rows
 from prx_post.engine.signals import StopSignals
-from prx_post.evaluation.jobs import spread_over_groups
 from prx_post.model.checkpoint import DTYPES, PipelineFolder, load, open_pipeline
 from prx_post.model.config import DTYPE_NAMES, GUIDANCE
 from prx_post.model.sampler import Sampler, build_sampler, default_device, generate_images
 from prx_post.model.text import PromptCleaner
-from prx_post.rewards.judges.pairwise import PairwiseJudge, compare_groups
-from prx_post.rewards.judges.vision_judge import VisionJudge, VisionJudgeConfig
-from prx_post.rewards.registry import RewardSpec
-from prx_post.rewards.reward import Reward, checked
+from prx_post.rewards.judges.config import VisionJudgeConfig
+from prx_post.stages.dpo.config import RankingConfig
+from prx_post.stages.dpo.ranking import Ranker, couples, noise_seeds, read_prompts
 
 MARK = "pairs.json"
 
 
 @dataclass
-class MakePairsConfig:
+class MakePairsConfig(RankingConfig):
     """Preference pairs of a checkpoint's own images."""
 
     model_name_or_path: str | None = doc(
@@ -72,14 +66,6 @@ class MakePairsConfig:
     )
     num_prompts: int | None = doc("How many of them, spread evenly over the file; null: all.", None, above=0)
     output_dir: str | None = doc("Folder for the pairs.", None, required=("a folder", "the pairs are written there"))
-    num_generations: int = doc("Images per prompt.", 8, at_least=2)
-    reward: str | None = doc("Reward that ranks them, as in `eval`; null: the model at judge_url compares them.", None)
-    pairs_per_prompt: str = doc(
-        "`best_worst`, or `all` pairs of a prompt's images.", "best_worst", one_of=("best_worst", "all")
-    )
-    min_gap: float = doc(
-        "A pair's scores (of a judge: win rates within the group) must differ by more than this.", 0.0, at_least=0
-    )
     prompts_per_file: int = doc("Prompts per parquet file; an interruption costs one file at most.", 16, above=0)
     num_inference_steps: int = doc("Sampler steps.", 28, above=0)
     guidance_scale: float = doc("Classifier-free guidance; 1 switches it off.", 5.0, **GUIDANCE)
@@ -93,51 +79,13 @@ class MakePairsConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.reward is not None:
-            RewardSpec.parse(self.reward)
-
-
-@dataclass(frozen=True)
-class Ranker:
-    """What gives each image of a group its score: a reward, or a judge's win rates."""
-
-    reward: Reward | None
-    judge: PairwiseJudge | None
-
-    @property
-    def identity(self) -> str:
-        return self.reward.identity if self.reward is not None else self._judge.identity
-
-    @property
-    def _judge(self) -> PairwiseJudge:
-        assert self.judge is not None
-        return self.judge
-
-    def check(self, prompts: Sequence[str]) -> None:
-        (self.reward or self._judge).check(prompts)
-
-    def scores(self, prompts: Sequence[str], groups: Sequence[Sequence[Image.Image]]) -> Tensor:
-        """[P, G] fp32. Win rates are means over the group's other images."""
-        size = len(groups[0])
-        if self.reward is None:
-            return (compare_groups(self._judge, prompts, groups).sum(2) - 0.5) / (size - 1)
-        images, repeated = list(itertools.chain(*groups)), [prompt for prompt in prompts for _ in range(size)]
-        return checked(self.reward(images, repeated), "make-pairs", len(images)).view(len(prompts), size)
-
-
-def couples(scores: Sequence[float], pairs_per_prompt: str, min_gap: float) -> list[tuple[int, int]]:
-    """(better, worse) of a prompt's images, by their scores, that differ by more than `min_gap`."""
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    chosen = [(order[0], order[-1])] if pairs_per_prompt == "best_worst" else itertools.combinations(order, 2)
-    return [(better, worse) for better, worse in chosen if scores[better] - scores[worse] > min_gap]
+        self.check_ranking()
 
 
 def check(args: Sequence[str]) -> tuple[MakePairsConfig, VisionJudgeConfig]:
     """The command's settings, checked as far as they can be without any file they name."""
     config, judge = parse([MakePairsConfig, VisionJudgeConfig], args, "prx-post data make-pairs")
-    reason, action = "one of both ranks the images", "Set reward, or judge_url and judge_model"
-    has_one = (config.reward is None) != (judge.judge_url is None)
-    require(has_one, "reward", config.reward, "set if judge_url is null, and else null", reason, action)
+    config.check_ranker(judge)
     return config, judge
 
 
@@ -156,9 +104,8 @@ def make_pairs(config: MakePairsConfig, judge_config: VisionJudgeConfig) -> Path
     pipeline = open_pipeline(str(config.model_name_or_path), config.model_revision)
     size = pipeline.resolve_size(config.height, config.width)
     cleaner = PromptCleaner(config.skip_text_cleaning)
-    prompts = _read_prompts(config, cleaner)
-    reward = None if config.reward is None else RewardSpec.parse(config.reward).load(device=str(default_device()))
-    ranker = Ranker(reward, VisionJudge(judge_config) if reward is None else None)
+    prompts = read_prompts(str(config.prompts_file), cleaner, config.num_prompts)
+    ranker = Ranker.open(config, judge_config)
     ranker.check(prompts)
     folder = Path(str(config.output_dir)).expanduser()
     if not (folder / MARK).is_file():
@@ -182,24 +129,6 @@ def make_pairs(config: MakePairsConfig, judge_config: VisionJudgeConfig) -> Path
             ranks.together(partial(maker.make, own))
         ranks.on_main(lambda: _finish(config, folder, len(files)))
     return folder
-
-
-def _read_prompts(config: MakePairsConfig, cleaner: PromptCleaner) -> list[str]:
-    """Each once. Raises PrxPostError for a prompt of which cleaning leaves nothing, or if there are none."""
-    path = existing_file("prompts_file", str(config.prompts_file))
-    rows = read_prompt_rows(path) if path.suffix in (".json", ".jsonl") else read_prompt_lines(path)
-    if config.num_prompts is not None:
-        rows = [rows[i] for i in spread_over_groups(rows, config.num_prompts)]
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    for prompt in prompts:
-        if not cleaner(prompt):
-            raise PrxPostError(
-                f"{path} has the prompt {prompt!r}, of which prompt cleaning leaves nothing. Remove it, or set "
-                f"skip_text_cleaning: true."
-            )
-    if not prompts:
-        raise PrxPostError(f"prompts_file is {config.prompts_file!r}, which has no prompts. Choose another file.")
-    return prompts
 
 
 def _made_with(
@@ -266,7 +195,7 @@ class _Maker:
 
     def _file(self, number: int, prompts: Sequence[str]) -> None:
         config = self.config
-        seeds_PG = [_noise_seeds(config, prompt) for prompt in prompts]
+        seeds_PG = [noise_seeds(config.seed, prompt, config.num_generations) for prompt in prompts]
         images_PG = self._generate(prompts, seeds_PG)
         scores_PG = self.ranker.scores(prompts, images_PG).tolist()
         rows, lines = [], []
@@ -291,12 +220,6 @@ class _Maker:
         repeated, seeds = [prompt for prompt in prompts for _ in range(size)], list(itertools.chain(*seeds_PG))
         images = list(generate_images(self.sampler, embed, decode, repeated, seeds, self.config.batch_size))
         return [images[i : i + size] for i in range(0, len(images), size)]
-
-
-def _noise_seeds(config: MakePairsConfig, prompt: str) -> list[int]:
-    """Of 31 bits, as `prx-post generate` takes them."""
-    key = int(content_key(prompt)[:8], 16)
-    return [stream(config.seed, key, k) >> 1 for k in range(config.num_generations)]
 
 
 def _png(image: Image.Image) -> bytes:

@@ -1,49 +1,104 @@
-"""Diffusion-DPO: of two images of a prompt, at one timestep and noise, the preferred one shall be denoised better than
-by the reference, the other worse.
-"""
+"""Preferences from denoising errors: the preferred is to be denoised better than by the reference, the rest worse."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Reference
+from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Prompts, Reference
 from prx_post.flow import interpolate, velocity_target
 from prx_post.model.denoiser import predict_velocity
-from prx_post.objectives.dpo import diffusion_dpo_loss
+from prx_post.objectives.dpo import diffusion_dpo_loss, diffusion_kto_loss
+
+Velocity = Callable[[Tensor, Tensor, Prompts], Tensor]
+"""x_t [B, C, H, W], t [B], prompts -> velocity"""
 
 
-class PreferenceObjective(Objective):
-    """Wallace et al. 2023, eq. 14, in the flow's variables.
+def image_errors(velocity: Velocity, x0: Tensor, noise: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+    """Mean squared errors of the velocity, [B] fp32."""
+    x0 = x0.float()
+    predicted = velocity(interpolate(x0, noise, t), t, prompts)
+    return (predicted.float() - velocity_target(x0, noise)).square().flatten(1).mean(1)
+
+
+def pair_errors(velocity: Velocity, batch: Batch) -> Tensor:
+    """Of the chosen and of the rejected images, [B, 2], computed in one pass of 2B.
+
+    `batch`: latents (of the chosen images), rejected, noise [B, C, H, W], t [B], prompts; `rejected_noise`, if it is
+    another.
+    """
+    errors = image_errors(
+        velocity,
+        torch.cat([batch["latents"], batch["rejected"]]),
+        torch.cat([batch["noise"], batch["rejected_noise"] if "rejected_noise" in batch else batch["noise"]]),
+        torch.cat([batch["t"]] * 2),
+        (torch.cat([batch["prompt_embeds"]] * 2), torch.cat([batch["prompt_mask"]] * 2)),
+    )
+    return torch.stack(errors.chunk(2), dim=1)
+
+
+class ComparedWithReference(Objective):
+    """A policy, and the reference that its errors are compared with.
 
     Args:
-        reference: the policy as it was; None: its errors count as 0.
-        loss: settings of `diffusion_dpo_loss`.
+        reference: None: its errors count as 0, or are in the batches.
+        sync_steps: after every so many optimizer steps the policy becomes the reference; 0: never.
+        loss: settings of the loss.
     """
 
-    def __init__(self, policy: Any, learning_rate: float, reference: Reference | None, **loss: Any) -> None:
+    def __init__(
+        self, policy: Any, learning_rate: float, reference: Reference | None, sync_steps: int = 0, **loss: Any
+    ) -> None:
         super().__init__()
         self.policy, self.learning_rate, self.loss = policy, learning_rate, loss
-        self.reference = reference
+        self.reference, self.sync_steps = reference, sync_steps
 
     def groups(self) -> list[ParamGroup]:
         return [ParamGroup(POLICY, self.policy, self.learning_rate)]
 
+    def kept(self) -> dict[str, Tensor]:
+        return self._synced().kept("reference") if self.sync_steps else {}
+
+    def after_update(self, step: int, weights: Callable[[], dict[str, Tensor]]) -> None:
+        if self.sync_steps and (step + 1) % self.sync_steps == 0:
+            self._synced().follow(weights(), 0.0)
+
+    def _synced(self) -> Any:
+        """The reference, which is then one that can follow."""
+        return self.reference
+
+    def velocity(self, x_t: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+        return predict_velocity(self.policy, x_t, t, *prompts)
+
+
+class PairObjective(ComparedWithReference):
+    """Wallace et al. 2023, eq. 14, in the flow's variables. `loss`: settings of `diffusion_dpo_loss`."""
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`batch`: latents (of the chosen images), rejected, noise [B, C, H, W], t [B], and prompts."""
-        x0 = torch.cat([batch["latents"], batch["rejected"]]).float()
-        noise, t = torch.cat([batch["noise"]] * 2), torch.cat([batch["t"]] * 2)
-        prompts = (torch.cat([batch["prompt_embeds"]] * 2), torch.cat([batch["prompt_mask"]] * 2))
-        target, x_t = velocity_target(x0, noise), interpolate(x0, noise, t)
-        win, lose = _errors(predict_velocity(self.policy, x_t, t, *prompts), target)
+        """`batch`: as for `pair_errors`; `ref_errors` [B, 2] if they were computed before; `beta_scale` [B]."""
+        if "ref_errors" in batch:
+            ref = batch["ref_errors"]
+        elif self.reference is None:
+            ref = batch["t"].new_zeros(len(batch["t"]), 2)
+        else:  # first, for it may be the policy's own network with other weights
+            ref = pair_errors(self.reference.velocity, batch)
+        errors = pair_errors(self.velocity, batch)
+        loss = self.loss
+        if "beta_scale" in batch:
+            loss = {**loss, "beta": loss["beta"] * batch["beta_scale"]}
+        return diffusion_dpo_loss(errors[:, 0], errors[:, 1], ref[:, 0], ref[:, 1], **loss)
+
+
+class LabelObjective(ComparedWithReference):
+    """KTO: images that are labelled one by one. `loss`: settings of `diffusion_kto_loss`."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`batch`: latents, noise [B, C, H, W], t [B], prompts, `desirable` [B] bool."""
+        prompts = (batch["prompt_embeds"], batch["prompt_mask"])
+        of_images = (batch["latents"], batch["noise"], batch["t"], prompts)
         if self.reference is None:
-            ref_win = ref_lose = torch.zeros_like(win)
+            ref_error = torch.zeros_like(batch["t"])
         else:
-            ref_win, ref_lose = _errors(self.reference.velocity(x_t, t, prompts), target)
-        return diffusion_dpo_loss(win, lose, ref_win, ref_lose, **self.loss)
-
-
-def _errors(velocity: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared errors of the first and of the second half, [B] each."""
-    first, second = (velocity.float() - target).square().flatten(1).mean(1).chunk(2)
-    return first, second
+            ref_error = image_errors(self.reference.velocity, *of_images)
+        return diffusion_kto_loss(image_errors(self.velocity, *of_images), ref_error, batch["desirable"], **self.loss)

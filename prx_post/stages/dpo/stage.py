@@ -1,95 +1,93 @@
-"""Preference optimisation of a PRX transformer from pairs of images, of all weights or a LoRA adapter."""
+"""Preference optimisation of a PRX transformer, of all weights or a LoRA adapter."""
 
 from functools import partial
 from typing import Any
 
-import torch
-
 from prx_post.data.buckets import Buckets, Size
-from prx_post.data.config import PairConfig
-from prx_post.data.pairs import PairSource, prepare_pairs, read_pairs
-from prx_post.data.plan import DrawPlan
-from prx_post.data.source import timestep_and_noise
-from prx_post.engine.protocols import Batch, Objective, Reference
+from prx_post.data.config import PreferenceConfig
+from prx_post.engine.protocols import Batch, Monitor, Objective, Source
 from prx_post.engine.run import Run
+from prx_post.model.checkpoint import PipelineFolder, open_pipeline
 from prx_post.model.config import ModelConfig
-from prx_post.model.frozen import AdapterOff, FrozenCopy
+from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.stages.base import Encoded, PipelineStage
-from prx_post.stages.dpo.config import CONFIGS, DPOConfig
-from prx_post.stages.dpo.objective import PreferenceObjective
+from prx_post.stages.compatibility import check_fit, check_same_encoders
+from prx_post.stages.dpo.config import CONFIGS, DPOConfig, check_together
+from prx_post.stages.dpo.feeds import Feed, LabelFeed, OnlineFeed, PairFeed
+from prx_post.stages.dpo.monitor import PreferenceMonitor
+from prx_post.stages.dpo.objective import ComparedWithReference
+from prx_post.stages.dpo.references import build_reference
 
 
 class DPO(PipelineStage):
     name, configs = "dpo", CONFIGS
 
-    def __init__(self, model: ModelConfig, data: PairConfig, config: DPOConfig, *, planned: bool = False) -> None:
-        size = (data.height, data.width) if data.height is not None and data.width is not None else None
-        super().__init__(model, config, data.skip_text_cleaning, data.cache_dir, size, planned)
+    def __init__(
+        self,
+        model: ModelConfig,
+        data: PreferenceConfig,
+        judge: VisionJudgeConfig,
+        config: DPOConfig,
+        *,
+        planned: bool = False,
+    ) -> None:
+        check_together(data, judge, config)
+        super().__init__(model, config, data.skip_text_cleaning, data.cache_dir, data.fixed_size, planned)
         self.data_config = data
         self.buckets = Buckets(self.pipeline, data.height, data.width)
-        self.rows = None if planned else read_pairs(data)
+        self.reference_pipeline = self._open_reference(planned)
+        self.feed: Feed
+        if config.is_online:
+            self.feed = OnlineFeed(self, judge, planned)
+        elif config.loss_type == "kto":
+            self.feed = LabelFeed(self, planned)
+        else:
+            self.feed = PairFeed(self, planned)
+
+    def _open_reference(self, planned: bool) -> PipelineFolder:
+        config = self.config
+        if config.ref_model_name_or_path is None:
+            return self.pipeline
+        reference = open_pipeline(config.ref_model_name_or_path, config.ref_model_revision, weights=not planned)
+        check_fit(self.pipeline, reference, "reference")
+        return reference
+
+    @property
+    def bases(self) -> tuple[PipelineFolder, ...]:
+        is_other = self.reference_pipeline is not self.pipeline
+        return (self.pipeline, self.reference_pipeline) if is_other else (self.pipeline,)
 
     @property
     def largest_size(self) -> Size:
         return self.buckets.largest
 
     def data(self, run: Run) -> Encoded:
-        """Samples are the chosen and the rejected image of each pair in turn."""
-        rows, encoders = self.rows, self.encoders(run)
-        assert rows is not None
-        pairs, cache = prepare_pairs(
-            *(self.data_config, rows, encoders, self.buckets, run.output_dir), self.shown_prompts(), run.ranks
-        )
-        encoders.free()
-        samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
-        described = f"{self.data_config.dataset_name} ({len(pairs)} of {len(rows) // 2} preference pairs)"
-        return Encoded(samples, rows, cache, encoders, lambda sample: rows.name(sample.row), described)
+        if self.reference_pipeline is not self.pipeline:
+            pipelines = self.pipeline, self.reference_pipeline
+            run.ranks.on_main(lambda: check_same_encoders(*pipelines, "reference", self.cache_dir))
+        return self.feed.data(run)
 
-    def objective(self, run: Run, data: Any) -> PreferenceObjective:
+    def objective(self, run: Run, data: Any) -> ComparedWithReference:
         config, policy = self.config, self.policy(run)
-        return PreferenceObjective(
-            *(policy, config.learning_rate, self.reference(run, policy)),
-            beta=config.beta,
-            loss_type=config.loss_type,
-            label_smoothing=config.label_smoothing,
-            lose_weight=config.lose_weight,
-            sft_weight=config.sft_weight,
-        )
+        reference = build_reference(run, config, self.model, self.reference_pipeline, policy, self.text_dtype())
+        loss = config.loss_settings
+        if config.loss_type == "kto" and not run.is_planned:
+            loss["average"] = partial(run.accelerator.reduce, reduction="mean")
+        sync_steps = config.steps_per_round if config.sync_ref_model else 0
+        return self.feed.objective(policy, config.learning_rate, reference, sync_steps, **loss)
 
-    def reference(self, run: Run, policy: Any) -> Reference | None:
-        """The policy without its adapter; or, where every weight is trained, a copy in the precision it is asked in."""
-        if self.config.reference_free:
-            return None
-        if self.model.use_peft:
-            return AdapterOff(policy)
-        return FrozenCopy(run.place(run.transformer(self.pipeline, self.text_dtype())))
+    def source(self, run: Run, data: Encoded, objective: Objective) -> Source:
+        return self.feed.source(run, data, objective.policy)
 
-    def source(self, run: Run, data: Encoded, objective: Objective) -> PairSource:
-        config, chosen = self.config, data.samples[::2]
-        density = {
-            "mean": config.timestep_mean,
-            "std": config.timestep_std,
-            "shift": config.timestep_shift,
-            "uniform_fraction": config.timestep_uniform_fraction,
-        }
-        plan = DrawPlan([s.size for s in chosen], run.global_batch_size, config.seed, config.max_steps)
-        return PairSource(
-            *(chosen, data.rows, data.cache, data.encoders, plan),
-            micro_batch_size=config.per_device_train_batch_size,
-            rank=run.ranks.rank,
-            world_size=run.ranks.world,
-            randomness=partial(timestep_and_noise, **density),
-            pad_length=self.pipeline.max_prompt_tokens if config.torch_compile else None,
-            others=data.samples[1::2],
-        )
+    def monitor(self, run: Run, data: Encoded, objective: Objective) -> Monitor:
+        sampler, watched = self.sampler(objective.policy, run), self.watched(data)
+        return PreferenceMonitor(run, self.config, sampler, data, **watched)
 
     def example(self, run: Run) -> tuple[Any, Batch]:
-        batch = self.example_batch(run)
-        count, like = len(batch["latents"]), torch.empty_like(batch["latents"])
-        return None, {**batch, "rejected": like, "noise": like, "t": torch.empty(count, device=run.device)}
+        return None, self.feed.example(self.example_batch(run))
 
-    def cache_size(self) -> str:
-        return "it is not computed for pairs yet"
+    def cache_size(self) -> Any:
+        return self.feed.cache_size()
 
 
 STAGE = DPO

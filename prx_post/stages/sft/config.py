@@ -3,21 +3,18 @@
 from dataclasses import dataclass
 
 from prx_post.base.settings import doc, require
-from prx_post.data.config import DataConfig
+from prx_post.data.config import DataConfig, TimestepConfig
 from prx_post.evaluation.monitor_config import MonitorConfig
 from prx_post.model.config import ModelConfig
 
 
 @dataclass
-class SFTConfig(MonitorConfig):
+class SFTConfig(TimestepConfig, MonitorConfig):
     """Flow-matching settings, on top of the training loop's. Defaults are PRX's pretraining distribution."""
 
     caption_dropout: float = doc(
         "Fraction of samples trained on the encoded empty prompt, for guidance.", 0.1, between=(0, 1)
     )
-    timestep_mean: float = doc("Mean of the normal variable whose sigmoid is t.", 0.0)
-    timestep_std: float = doc("Standard deviation of that variable.", 1.0, above=0)
-    timestep_shift: float = doc("t -> shift·t / (1 + (shift - 1)·t); above 1 favours noise.", 1.0, above=0)
     timestep_uniform_fraction: float = doc("Fraction of samples whose t is uniform instead.", 0.1, between=(0, 1))
     loss_weighting: str = doc("`none`, or `min_snr` (Hang et al. 2023).", "none", one_of=("none", "min_snr"))
     min_snr_gamma: float = doc("Cap of the signal-to-noise weight for `min_snr`.", 5.0, above=0)

@@ -49,15 +49,9 @@ class SFT(CaptionedStage):
 
     def source(self, run: Run, data: Encoded, objective: Objective) -> LatentSource:
         config = self.config
-        density = {
-            "mean": config.timestep_mean,
-            "std": config.timestep_std,
-            "shift": config.timestep_shift,
-            "uniform_fraction": config.timestep_uniform_fraction,
-        }
         return self.latent_source(
             *(run, data),
-            randomness=partial(timestep_and_noise, **density),
+            randomness=partial(timestep_and_noise, **config.timestep_density),
             arrange=immiscible if config.immiscible else None,
             caption_dropout=config.caption_dropout,
         )

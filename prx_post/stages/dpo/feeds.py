@@ -1,0 +1,238 @@
+"""What `prx-post dpo` trains on: pairs of a data set, images labelled one by one, or pairs that the policy makes."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from prx_post.data.cache import content_key
+from prx_post.data.config import DataConfig
+from prx_post.data.encoding import EncodedCache, Sample, fill_cache, prepare, with_what_others_wrote
+from prx_post.data.labels import LabelledSource, read_labelled
+from prx_post.data.pairs import Pair, PairSource, RefErrors, prepare_pairs, read_pairs, require_of_all
+from prx_post.data.plan import DrawPlan
+from prx_post.data.rows import ImageRows
+from prx_post.data.sizes import CacheSize, cache_size
+from prx_post.data.source import timestep_and_noise
+from prx_post.engine.protocols import Batch, Source
+from prx_post.engine.run import Run
+from prx_post.rewards.judges.config import VisionJudgeConfig
+from prx_post.stages.base import Encoded
+from prx_post.stages.dpo.objective import ComparedWithReference, LabelObjective, PairObjective
+from prx_post.stages.dpo.online import OnlinePairs
+from prx_post.stages.dpo.ranking import Ranker, read_prompts
+from prx_post.stages.dpo.references import ReferenceErrors
+
+
+class Feed(Protocol):
+    """Opened before any model is loaded: raises then what can be known."""
+
+    objective: ClassVar[type[ComparedWithReference]]
+
+    def data(self, run: Run) -> Encoded: ...
+
+    def source(self, run: Run, data: Encoded, policy: Any) -> Source: ...
+
+    def example(self, batch: Batch) -> Batch:
+        """An example of latents and prompts, with what else a batch has."""
+
+    def cache_size(self) -> CacheSize | str: ...
+
+
+class PairFeed:
+    """Pairs of a data set."""
+
+    objective: ClassVar[type[ComparedWithReference]] = PairObjective
+
+    def __init__(self, stage: Any, planned: bool) -> None:
+        self.stage, self.config, self.data_config = stage, stage.config, stage.data_config
+        self.rows = None if planned else read_pairs(self.data_config)
+        self.pairs: list[Pair] = []
+        self.ref_errors: RefErrors | None = None
+
+    def data(self, run: Run) -> Encoded:
+        """Samples are the chosen and the rejected image of each pair in turn."""
+        stage, config, rows = self.stage, self.config, self.rows
+        assert rows is not None
+        encoders = stage.encoders(run)
+        self.pairs, cache = prepare_pairs(
+            *(self.data_config, rows, encoders, stage.buckets, run.output_dir), stage.shown_prompts(), run.ranks
+        )
+        encoders.free()
+        require_of_all(self.pairs, self.data_config, seeds=config.pair_noise == "own", gaps=config.beta_by_gap > 0)
+        samples = [sample for pair in self.pairs for sample in (pair.chosen, pair.rejected)]
+        described = f"{self.data_config.dataset_name} ({len(self.pairs)} of {len(rows) // 2} preference pairs)"
+        data = Encoded(samples, rows, cache, encoders, lambda sample: rows.name(sample.row), described)
+        if config.precompute_ref_errors:
+            source, plan = self.source(run, data, None), self._plan(run)
+            reference, dtype = stage.reference_pipeline, stage.text_dtype()
+            self.ref_errors = ReferenceErrors(run, config, reference, source, plan, dtype, stage.cache_dir).compute()
+        return data
+
+    def source(self, run: Run, data: Encoded, policy: Any) -> PairSource:
+        return pair_source(self.stage, run, self.pairs, data, self._plan(run), ref_errors=self.ref_errors)
+
+    def _plan(self, run: Run) -> DrawPlan:
+        config, sizes = self.config, [pair.chosen.size for pair in self.pairs]
+        draws = config.precompute_ref_errors or None
+        return DrawPlan(sizes, run.global_batch_size, config.seed, config.max_steps, draws)
+
+    def example(self, batch: Batch) -> Batch:
+        example = _example_of_pairs(batch, own_noise=self.config.pair_noise == "own")
+        if self.config.precompute_ref_errors:
+            example["ref_errors"] = torch.empty(len(batch["latents"]), 2, device=batch["latents"].device)
+        return example
+
+    def cache_size(self) -> CacheSize | str:
+        return _cache_size(self.stage, lambda: read_pairs(self.data_config))
+
+
+class LabelFeed:
+    """Images labelled good or bad."""
+
+    objective: ClassVar[type[ComparedWithReference]] = LabelObjective
+
+    def __init__(self, stage: Any, planned: bool) -> None:
+        self.stage, self.config, self.data_config = stage, stage.config, stage.data_config
+        self.rows = None if planned else read_labelled(self.data_config)
+
+    def data(self, run: Run) -> Encoded:
+        stage, rows, given = self.stage, self.rows, self.data_config
+        assert rows is not None
+        images = DataConfig(
+            dataset_name=given.dataset_name,
+            skip_text_cleaning=given.skip_text_cleaning,
+            cache_dir=given.cache_dir,
+            max_bad_fraction=given.max_bad_fraction,
+        )
+        encoders, bad_rows = stage.encoders(run), run.output_dir / "bad_rows.jsonl"
+        samples, cache = prepare(images, rows, encoders, stage.buckets, bad_rows, stage.shown_prompts(), run.ranks)
+        encoders.free()
+        good = sum(rows.labels[sample.row] for sample in samples)
+        described = f"{given.dataset_name} ({good} good and {len(samples) - good} bad images)"
+        return Encoded(samples, rows, cache, encoders, lambda sample: rows.name(sample.row), described)
+
+    def source(self, run: Run, data: Encoded, policy: Any) -> LabelledSource:
+        assert self.rows is not None
+        config = self.config
+        plan = DrawPlan([s.size for s in data.samples], run.global_batch_size, config.seed, config.max_steps)
+        return LabelledSource(
+            *(data.samples, data.rows, data.cache, data.encoders, plan),
+            **_common(self.stage, run),
+            labels=self.rows.labels,
+        )
+
+    def example(self, batch: Batch) -> Batch:
+        count, device = len(batch["latents"]), batch["latents"].device
+        drawn = {"noise": torch.empty_like(batch["latents"]), "t": torch.empty(count, device=device)}
+        return {**batch, **drawn, "desirable": torch.ones(count, dtype=torch.bool, device=device)}
+
+    def cache_size(self) -> CacheSize | str:
+        return _cache_size(self.stage, lambda: read_labelled(self.data_config))
+
+
+class OnlineFeed:
+    """Pairs that the policy makes."""
+
+    objective: ClassVar[type[ComparedWithReference]] = PairObjective
+
+    def __init__(self, stage: Any, judge: VisionJudgeConfig, planned: bool) -> None:
+        self.stage, self.config = stage, stage.config
+        self.prompts = [] if planned else read_prompts(self.config.prompts_file, stage.cleaner)
+        self.ranker = None if planned else Ranker.open(self.config, judge)
+        if self.ranker is not None:
+            self.ranker.check(self.prompts)
+
+    def data(self, run: Run) -> Encoded:
+        """Samples are the prompts."""
+        stage, encoders, ranks = self.stage, self.stage.encoders(run), run.ranks
+        texts = list(dict.fromkeys(["", *self.prompts, *stage.shown_prompts()]))
+        keys = {text: content_key(encoders.cleaner(text)) for text in texts}
+
+        def open_cache() -> EncodedCache:
+            return EncodedCache.open(stage.cache_dir, encoders.pipeline, encoders.text_dtype)
+
+        no_rows: Any = None  # which are read for samples alone
+        fill_cache(open_cache(), [], no_rows, texts, encoders, ranks)
+        cache = with_what_others_wrote(open_cache, [], list(keys.values()), ranks)
+        encoders.free()
+        size = stage.largest_size
+        samples = [Sample(i, text, size, keys[text], keys[text]) for i, text in enumerate(self.prompts)]
+        name, ranker = Path(self.config.prompts_file).name, self.config.reward or "a judge"
+        described = f"its own images of the {len(samples)} prompts of {name}, ranked by {ranker}"
+        return Encoded(samples, None, cache, encoders, lambda sample: f"{name}:{sample.row + 1}", described)
+
+    def source(self, run: Run, data: Encoded, policy: Any) -> OnlinePairs:
+        stage, config = self.stage, self.config
+        assert data.cache is not None
+        assert self.ranker is not None
+        embeddings = data.cache.embeddings
+
+        def source_of(pairs: list[Pair], latents: dict[str, Tensor], seed: int) -> PairSource:
+            held: Any = latents
+            plan = DrawPlan(["all"] * len(pairs), run.global_batch_size, seed, config.steps_per_round)
+            return pair_source(stage, run, pairs, data, plan, cache=EncodedCache(held, embeddings))
+
+        sampler = stage.sampler(policy, run)
+        sampler.num_inference_steps = config.rollout_num_inference_steps or config.num_inference_steps
+        sampler.guidance_scale = config.rollout_guidance_scale or config.guidance_scale
+        return OnlinePairs(
+            *(run, config, stage.largest_size, data.samples, policy, sampler, data, self.ranker), source_of
+        )
+
+    def example(self, batch: Batch) -> Batch:
+        return _example_of_pairs(batch, own_noise=self.config.pair_noise == "own")
+
+    def cache_size(self) -> str:
+        return "of images nothing is cached: the policy makes them"
+
+
+def _cache_size(stage: Any, read: Callable[[], ImageRows]) -> CacheSize | str:
+    name, dtype = stage.data_config.dataset_name, stage.text_dtype()
+    return cache_size(name, read, stage.pipeline, stage.buckets, stage.cleaner, dtype)
+
+
+def pair_source(
+    stage: Any,
+    run: Run,
+    pairs: list[Pair],
+    data: Encoded,
+    plan: DrawPlan,
+    *,
+    cache: EncodedCache | None = None,
+    ref_errors: RefErrors | None = None,
+) -> PairSource:
+    """cache: with the images' latents, if it is another than the data's."""
+    return PairSource(
+        samples=[pair.chosen for pair in pairs],
+        rows=data.rows,
+        cache=data.cache if cache is None else cache,
+        encoders=data.encoders,
+        plan=plan,
+        **_common(stage, run),
+        pairs=pairs,
+        own_noise=stage.config.pair_noise == "own",
+        beta_by_gap=stage.config.beta_by_gap,
+        ref_errors=ref_errors,
+    )
+
+
+def _common(stage: Any, run: Run) -> dict[str, Any]:
+    config = stage.config
+    return {
+        "micro_batch_size": config.per_device_train_batch_size,
+        "rank": run.ranks.rank,
+        "world_size": run.ranks.world,
+        "randomness": partial(timestep_and_noise, **config.timestep_density),
+        # torch.compile specialises on shapes, so it gets one text length
+        "pad_length": stage.pipeline.max_prompt_tokens if config.torch_compile else None,
+    }
+
+
+def _example_of_pairs(batch: Batch, own_noise: bool) -> Batch:
+    like, device = torch.empty_like(batch["latents"]), batch["latents"].device
+    example = {**batch, "rejected": like, "noise": like, "t": torch.empty(len(like), device=device)}
+    return example | {"rejected_noise": like} if own_noise else example

@@ -1,0 +1,26 @@
+"""Validation of preference optimisation: what every stage has, and a word when both images of the pairs decay."""
+
+from dataclasses import dataclass
+
+from prx_post.evaluation.monitor import ImageMonitor
+
+
+@dataclass
+class PreferenceMonitor(ImageMonitor):
+    """Warns, once until it is over, when `both_rise` is above `max_both_rise`."""
+
+    _is_warned: bool = False
+
+    def watch(self, step: int, metrics: dict[str, float]) -> None:
+        super().watch(step, metrics)
+        if "both_rise" not in metrics:  # an evaluation, or labelled images
+            return
+        limit = self.config.max_both_rise  # type: ignore[attr-defined]
+        is_high = metrics["both_rise"] > limit
+        if is_high and not self._is_warned and self.run.log is not None:
+            self.run.log.say(
+                f"warning: at step {step} the policy denoises both images worse than the reference in "
+                f"{metrics['both_rise']:.0%} of the pairs (both_rise; max_both_rise {limit:g}): the margin grows "
+                f"because images decay. Lower learning_rate, raise beta, set lose_weight below 1 or sft_weight above 0."
+            )
+        self._is_warned = is_high

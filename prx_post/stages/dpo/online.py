@@ -1,0 +1,184 @@
+"""Pairs that the policy makes while it is trained: of its own images of some prompts, ranked and paired in rounds.
+
+A round of one step is online DPO. Longer rounds, each of which takes the policy at its start as the reference, are
+iterated DPO.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prx_post.base.errors import PrxPostError
+from prx_post.data.buckets import Size
+from prx_post.data.encoding import Sample
+from prx_post.data.pairs import Pair, PairSource
+from prx_post.data.plan import Draw, DrawPlan, stream
+from prx_post.engine.protocols import Batch
+from prx_post.engine.run import Run
+from prx_post.engine.signals import StopRequested
+from prx_post.model.codec import to_images
+from prx_post.model.sampler import Sampler
+from prx_post.stages.base import Encoded
+from prx_post.stages.dpo.config import DPOConfig
+from prx_post.stages.dpo.ranking import Ranker, couples, noise_seeds
+
+ROUND = 7
+"""Key of the rounds' random streams."""
+NONE = -1
+"""In the place of a round's number."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A pair that the policy made.
+
+    Attributes:
+        prompt: its place among the prompts.
+        seeds: of the noise that the better and the worse image were generated from.
+        scores: of both.
+    """
+
+    prompt: int
+    seeds: tuple[int, int]
+    scores: tuple[float, float]
+
+
+@dataclass
+class Group:
+    """What came of one prompt: the scores of all its images, its pairs, and their latents [2, C, H, W]."""
+
+    scores: list[float]
+    pairs: list[Made] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class OnlinePairs:
+    """A source of pairs that are made anew every `steps_per_round` steps.
+
+    Which prompts a round has, and the noise of their images, are functions of the seed, the round and the prompt, so
+    any number of processes makes the same pairs. A checkpoint holds the round's pairs.
+
+    Args:
+        prompts: of which each round takes `prompts_per_round`, all of them before any comes again.
+        sampler: generates with `policy`, in training.
+        source_of: makes the source of a round: from its pairs, their latents by key, and a seed.
+    """
+
+    run: Run
+    config: DPOConfig
+    size: Size
+    prompts: Sequence[Sample]
+    policy: Any
+    sampler: Sampler
+    images: Encoded
+    ranker: Ranker
+    source_of: Callable[[list[Pair], dict[str, Tensor], int], PairSource]
+    online = True
+
+    def __post_init__(self) -> None:
+        config = self.config
+        rounds = math.ceil(config.max_steps / config.steps_per_round)
+        self._plan = DrawPlan(["all"] * len(self.prompts), config.prompts_per_round, config.seed, rounds)
+        self._take_up(NONE, [], torch.empty(0, *self.sampler.latent_shape))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Latents [2 · pairs, C, H, W], of each pair the better and the worse; the main process has them all."""
+        pairs = [[made.prompt, *made.seeds, *made.scores] for made in self._pairs]
+        return {"round": self._round, "pairs": pairs}, {
+            "latents": self._latents if self.run.ranks.is_main else self._latents[:0]
+        }
+
+    def load_state(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        pairs = [Made(prompt, (a, b), (better, worse)) for prompt, a, b, better, worse in info["pairs"]]
+        self._take_up(info["round"], pairs, tensors["latents"])
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        number, within = divmod(step, self.config.steps_per_round)
+        metrics = {} if number == self._round else self._make(number)
+        for batch in self._source.batches(within):
+            yield {**batch, "step": step, "metrics": metrics}
+            metrics = {}
+
+    def _take_up(self, number: int, pairs: list[Made], latents: Tensor) -> None:
+        self._round, self._pairs, self._latents = number, pairs, latents
+        if not pairs:
+            return
+        keys = [f"{number}-{i}" for i in range(2 * len(pairs))]
+        samples = [
+            Sample(i, prompt.prompt, self.size, keys[i], prompt.prompt_key)
+            for i, prompt in enumerate(self.prompts[made.prompt] for made in pairs for _ in range(2))
+        ]
+        described = [
+            Pair(samples[2 * i], samples[2 * i + 1], made.seeds, made.scores[0] - made.scores[1])
+            for i, made in enumerate(pairs)
+        ]
+        seed = stream(self.config.seed, ROUND, number)
+        self._source = self.source_of(described, dict(zip(keys, latents, strict=True)), seed)
+
+    def _make(self, number: int) -> dict[str, Tensor]:
+        """A round's pairs, each rank its part of the prompts. Returns what they were like, for the log.
+
+        Raises:
+            StopRequested: on all ranks, if one was asked to stop.
+            PrxPostError: the reward failed, or no image of a prompt is better than another.
+        """
+        config, ranks, signals = self.config, self.run.ranks, self.run.signals
+        draws = self._plan.draws(number, range(config.prompts_per_round))
+        per_batch = max(1, config.rollout_batch_size // config.num_generations)
+        batches = [draws[i : i + per_batch] for i in range(0, len(draws), per_batch)]
+        groups: list[Group] = []
+        self.policy.eval()
+        firsts = range(0, len(batches), ranks.world)
+        for first in tqdm(firsts, desc=f"pairs of round {number + 1}", leave=False, disable=not ranks.is_main):
+
+            def work(mine: int = first + ranks.rank) -> tuple[list[Group], int]:
+                return self._groups(batches[mine]) if mine < len(batches) else [], signals.received
+
+            results = ranks.together(work)
+            if any(received for _, received in results):
+                raise StopRequested("a stop signal was received while pairs were made").raised_by_all(ranks.is_main)
+            groups += [group for found, _ in results for group in found]
+        self.policy.train()
+        return self._take_up_made(number, groups)
+
+    def _groups(self, draws: Sequence[Draw]) -> list[Group]:
+        """Images of some prompts, generated at a time, scored and paired."""
+        config, size = self.config, self.config.num_generations
+        prompts = [self.prompts[draw.index] for draw in draws]
+        seeds_PG = [noise_seeds(draw.seed, prompt.prompt, size) for draw, prompt in zip(draws, prompts, strict=True)]
+        embeddings = [self.images.embed(prompt.prompt) for prompt in prompts for _ in range(size)]
+        latents = self.sampler.latents(embeddings, self.images.embed(""), list(itertools.chain(*seeds_PG)))
+        images = to_images(self.images.decode(latents))
+        images_PG = [images[i : i + size] for i in range(0, len(images), size)]
+        scores_PG = self.ranker.scores([prompt.prompt for prompt in prompts], images_PG).tolist()
+        groups = []
+        for draw, seeds, scores, own in zip(draws, seeds_PG, scores_PG, latents.float().cpu().split(size), strict=True):
+            found = couples(scores, config.pairs_per_prompt, config.min_gap)
+            pairs = [Made(draw.index, (seeds[a], seeds[b]), (scores[a], scores[b])) for a, b in found]
+            groups.append(Group(scores, pairs, [own[[a, b]] for a, b in found]))
+        return groups
+
+    def _take_up_made(self, number: int, groups: Sequence[Group]) -> dict[str, Tensor]:
+        pairs = [made for group in groups for made in group.pairs]
+        scores = torch.tensor([group.scores for group in groups])
+        if not pairs:
+            alike = int((scores.amax(1) == scores.amin(1)).sum())
+            raise PrxPostError(
+                f"no two images of a prompt differ by more than min_gap ({self.config.min_gap:g}) in round "
+                f"{number + 1}; of {len(groups)} prompts, the images of {alike} all score alike. Lower min_gap, raise "
+                f"prompts_per_round or num_generations, or choose another reward."
+            ).raised_by_all(self.run.ranks.is_main)
+        self._take_up(number, pairs, torch.cat([latents for group in groups for latents in group.latents]))
+        gaps = torch.tensor([made.scores[0] - made.scores[1] for made in pairs])
+        return {
+            "rollout_score": scores.mean(),
+            "rollout_gap": gaps.mean(),
+            "rollout_pairs": torch.tensor(len(pairs) / len(groups)),
+        }

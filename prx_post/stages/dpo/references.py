@@ -1,0 +1,127 @@
+"""What the policy is compared with: another network, the policy as it was, or errors computed before training."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prx_post.data.cache import TensorCache, content_key, fingerprint
+from prx_post.data.pairs import Pair, PairSource, RefErrors
+from prx_post.data.plan import Draw, DrawPlan
+from prx_post.engine.protocols import Reference, to_device
+from prx_post.engine.run import Run
+from prx_post.model.checkpoint import PipelineFolder
+from prx_post.model.config import ModelConfig
+from prx_post.model.frozen import AdapterOff, EarlierSelf, FrozenCopy, SlowAverage
+from prx_post.stages.dpo.config import DPOConfig
+from prx_post.stages.dpo.objective import pair_errors
+
+
+def build_reference(
+    run: Run, config: DPOConfig, model: ModelConfig, pipeline: PipelineFolder, policy: Any, dtype: torch.dtype
+) -> Reference | None:
+    """The reference of a run; None if it has none, or its errors are known.
+
+    Args:
+        pipeline: of the reference.
+        dtype: of a copy of it.
+    """
+    if config.reference_free or config.precompute_ref_errors:
+        return None
+    is_other = config.ref_model_name_or_path is not None
+    if model.use_peft and not is_other:
+        return EarlierSelf(policy, run.device) if config.sync_ref_model else AdapterOff(policy)
+    network = run.transformer(pipeline, dtype)
+    if config.sync_ref_model:
+        return SlowAverage(run.place(network))
+    return FrozenCopy(run.frozen(network))
+
+
+@dataclass
+class ReferenceErrors:
+    """The reference's errors at every draw of every pair, computed before training, each rank its part.
+
+    They are kept in cache_dir/ref-errors, by pair, so that an interrupted run, or another with the same reference and
+    draws, goes on with them.
+
+    Args:
+        pipeline: the reference.
+        source: makes the batches.
+        plan: its `draws_per_sample` is how many draws a pair has.
+        dtype: of the reference's weights.
+    """
+
+    run: Run
+    config: DPOConfig
+    pipeline: PipelineFolder
+    source: PairSource
+    plan: DrawPlan
+    dtype: torch.dtype
+    cache_dir: Path
+
+    def compute(self) -> RefErrors:
+        count, pairs, ranks = self.config.precompute_ref_errors, self.source.pairs, self.run.ranks
+        draws = [[self.plan.fixed_draw(place, number) for number in range(count)] for place in range(len(pairs))]
+        keys = [_key(pair, of_pair) for pair, of_pair in zip(pairs, draws, strict=True)]
+        cache = TensorCache(ranks.on_main(self._folder))
+        known = ranks.on_main(lambda: {i: cache[key].tolist() for i, key in enumerate(keys) if key in cache})
+        found: dict[int, list[list[float]]] = {}
+
+        def work() -> dict[int, list[list[float]]]:
+            mine = ranks.share(self._chunks([i for i in range(len(pairs)) if i not in known]))
+            if mine:
+                cache.write((keys[i], errors) for i, errors in self._errors(mine, draws, found))
+            return found
+
+        for part in ranks.together(work):
+            known |= part
+        return {
+            (draw.index, draw.seed): (win, lose)
+            for i, of_pair in enumerate(draws)
+            for draw, (win, lose) in zip(of_pair, known[i], strict=True)
+        }
+
+    def _chunks(self, places: Sequence[int]) -> list[list[int]]:
+        """Pairs of one size each, whose draws make up a micro-batch."""
+        pairs = self.source.pairs
+        most = max(1, self.config.per_device_train_batch_size // self.config.precompute_ref_errors)
+        sizes = sorted({pairs[i].chosen.size for i in places})
+        groups = [[i for i in places if pairs[i].chosen.size == size] for size in sizes]
+        return [group[i : i + most] for group in groups for i in range(0, len(group), most)]
+
+    def _errors(
+        self, chunks: Sequence[Sequence[int]], draws: Sequence[Sequence[Draw]], found: dict[int, list[list[float]]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Of each pair, by its place, [draws, 2]; also added to `found`."""
+        run, config = self.run, self.config
+        reference = FrozenCopy(run.place(run.transformer(self.pipeline, self.dtype)))
+        quiet = run.ranks.rank > 0
+        for chunk in tqdm(chunks, desc="errors of the reference", unit="batch", leave=False, disable=quiet):
+            batch = to_device(self.source.batch([draw for i in chunk for draw in draws[i]], 0), run.device)
+            with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=config.bf16):
+                errors = pair_errors(reference.velocity, batch).float().cpu()
+            for i, of_pair in zip(chunk, errors.view(len(chunk), -1, 2), strict=True):
+                found[i] = of_pair.tolist()
+                yield i, of_pair
+
+    def _folder(self) -> Path:
+        parts = [self.pipeline.path / name for name in ("transformer", "vae", "text_encoder", "tokenizer")]
+        made_with = {
+            "reference": fingerprint(self.cache_dir, *parts),
+            "dtype": str(self.dtype),
+            "bf16": self.config.bf16,
+            "pair_noise": self.config.pair_noise,
+            **self.config.timestep_density,
+        }
+        return self.cache_dir / "ref-errors" / content_key(json.dumps(made_with))[:16]
+
+
+def _key(pair: Pair, draws: Sequence[Draw]) -> str:
+    """What a pair's errors depend on, besides the reference."""
+    seeds = [draw.seed for draw in draws]
+    return content_key(json.dumps([pair.chosen.image_key, pair.rejected.image_key, pair.chosen.prompt_key, seeds]))
