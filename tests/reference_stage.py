@@ -9,6 +9,7 @@ from torch import Tensor
 from prx_post.base.settings import doc
 from prx_post.data.config import DataConfig
 from prx_post.data.source import timestep_and_noise
+from prx_post.engine.partition import local_part
 from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup
 from prx_post.evaluation.monitor_config import MonitorConfig
 from prx_post.flow import interpolate
@@ -31,6 +32,7 @@ class ReferenceObjective(Objective):
         super().__init__()
         self.policy, self.config = policy, config
         self.copy = FrozenCopy(start)
+        self.held = float(sum(local_part(p).numel() for p in start.parameters()))
         self.slow = SlowAverage(copy.deepcopy(policy))
         self.off = AdapterOff(policy) if is_adapter else None
 
@@ -51,6 +53,7 @@ class ReferenceObjective(Objective):
         metrics = {
             "policy_less_copy": (velocity.detach() - of_copy).abs().max(),
             "policy_less_slow": (velocity.detach() - of_slow).abs().max(),
+            "held_of_copy": x0.new_tensor(self.held),
         }
         if self.off is not None:
             metrics["off_less_copy"] = (self.off.velocity(x_t, t, prompts) - of_copy).abs().max()
@@ -61,7 +64,7 @@ class References(CaptionedStage):
     name, configs = "references", (ModelConfig, DataConfig, ReferenceConfig)
 
     def objective(self, run, data):
-        policy, start = self.policy(run), run.transformer(self.pipeline)
+        policy, start = self.policy(run), run.frozen(run.transformer(self.pipeline))
         return ReferenceObjective(policy, start, self.config, self.model.use_peft)
 
     def source(self, run, data, objective):

@@ -134,8 +134,10 @@ def split_frozen(module: Any, accelerator: Accelerator) -> Any:
 
     settings = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     settings["zero_optimization"].pop("offload_optimizer", None)  # there is none
+    settings.pop("train_batch_size")  # "auto" is accelerate's word; it follows from the others
     engine, *_ = deepspeed.initialize(model=module, config=settings)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:

@@ -28,7 +28,9 @@ class FrozenCopy:
     """
 
     def __init__(self, transformer: Any, null: Tensor | None = None, guidance_scale: float = 1.0) -> None:
-        self.transformer = transformer.eval().requires_grad_(False)
+        self.transformer = transformer
+        transformer.eval()  # DeepSpeed's engine returns nothing here
+        transformer.requires_grad_(False)
         self.null, self.guidance_scale = null, guidance_scale
 
     @torch.no_grad()

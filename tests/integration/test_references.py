@@ -7,7 +7,7 @@ import torch
 
 from prx_post.model.checkpoint import load
 from prx_post.model.config import ModelConfig
-from prx_post.model.frozen import AdapterOff, FrozenCopy, SlowAverage
+from prx_post.model.frozen import AdapterOff, EarlierSelf, FrozenCopy, SlowAverage
 from prx_post.model.lora import attach
 from tests import reference_stage
 from tests.faults import differences, numbers
@@ -37,6 +37,8 @@ def test_the_policy_without_its_adapter_is_the_frozen_copy_while_the_adapter_lea
 ):
     lines = start(mode, image_folder, warm_cache, tmp_path / "run", use_peft="true", lora_r=4)
     assert lines[0]["policy_less_copy"] < ROUNDING  # a fresh adapter says nothing
+    whole = sum(p.numel() for p in load("tiny").transformer.parameters())
+    assert lines[0]["held_of_copy"] / whole == pytest.approx(0.5 if mode == "zero3" else 1.0, abs=1e-3)
     assert lines[2]["policy_less_copy"] > 1e-2
     assert all(line["off_less_copy"] < ROUNDING for line in lines)
 
@@ -88,3 +90,23 @@ def test_asking_leaves_no_gradient_and_the_policy_as_it_was(base):
     assert policy.training
     assert torch.equal(answer, velocity_of(FrozenCopy(load(str(base)).transformer), base))
     assert not torch.allclose(answer, velocity_of(FrozenCopy(policy), base), atol=1e-2)
+
+
+def test_an_earlier_self_answers_as_it_was_and_leaves_the_policy_as_it_is(base):
+    policy = attach(load(str(base)).transformer, ModelConfig(model_name_or_path="tiny", lora_r=4)).train()
+    adapter = {name: p for name, p in policy.named_parameters() if "lora_B" in name}
+    earlier = EarlierSelf(policy, torch.device("cpu"))
+    before = velocity_of(FrozenCopy(load(str(base)).transformer), base)
+    with torch.no_grad():
+        for parameter in adapter.values():
+            parameter.fill_(0.1)
+    assert torch.equal(velocity_of(earlier, base), before)
+    assert policy.training
+    assert all((p == 0.1).all() for p in adapter.values())
+    earlier.follow({name: p.detach() for name, p in adapter.items()}, 0.0)
+    with torch.no_grad():
+        for parameter in adapter.values():
+            parameter.zero_()
+    after = velocity_of(earlier, base)
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert all((p == 0).all() for p in adapter.values())
