@@ -4,7 +4,7 @@ THREADS ?= $(shell nproc)
 export OMP_NUM_THREADS := $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo distill dpo test check benchmark clean
+.PHONY: demo distill dpo dpo-iterated test check benchmark clean
 
 # torch first, so that nothing else chooses a build of it. On Linux pip's default build brings CUDA; to take another,
 # say where its wheels are: make demo TORCH_ARGS='--index-url <index of CPU wheels>'
@@ -41,10 +41,17 @@ distill: .venv/installed
 
 # After the demo: pairs of its SFT checkpoint's own images, ranked by OCR; DPO on them; and what it gained.
 dpo: .venv/installed
-	.venv/bin/prx-post data make-pairs --config configs/tiny/make-pairs.yaml
+	OMP_NUM_THREADS=1 .venv/bin/prx-post data make-pairs --config configs/tiny/make-pairs.yaml --num_processes $(THREADS)
 	.venv/bin/prx-post dpo --config configs/tiny/dpo.yaml
 	.venv/bin/prx-post eval --config configs/tiny/eval-dpo.yaml
 	@echo "open runs/demo/eval-dpo/report.html"
+
+# After the demo: two rounds of DPO, in each of which the policy makes its own pairs.
+dpo-iterated: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/prx-post dpo --config configs/tiny/dpo-iterated.yaml \
+		--num_processes 2 --per_device_train_batch_size 16
+	.venv/bin/prx-post eval --config configs/tiny/eval-dpo-iterated.yaml
+	@echo "open runs/demo/eval-dpo-iterated/report.html"
 
 test: .venv-test/installed
 	.venv-test/bin/ruff check .

@@ -3,6 +3,7 @@
 Generating and scoring are split over the ranks by whole batches, so an image does not depend on their number.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import replacing
+from prx_post.data.cache import content_key
 from prx_post.data.prompts import read_prompt_rows
 from prx_post.engine.run import Run
 from prx_post.engine.signals import StopEarly, StopRequested, StopTraining
@@ -35,6 +38,8 @@ START = "start.safetensors"
 """Metrics, scores and features of the policy as it was."""
 SCORES = "scores/"
 """Before a reward's name there."""
+MADE_WITH = "made_with"
+"""Key of that file's metadata."""
 
 
 class Images(Protocol):
@@ -224,8 +229,7 @@ class ImageMonitor:
     def _compared_with(self, step: int) -> Measured | None:
         """The start or the reference, if it has been measured; by this run, or by that which it resumes."""
         if self._reference is None and self.reference is None and step:
-            path = self.run.output_dir / START
-            kept = self.run.ranks.on_main(lambda: load_file(path) if path.is_file() else None)
+            kept = self.run.ranks.on_main(self._kept_start)
             if kept is not None:
                 features = kept.pop("features").numpy() if "features" in kept else None
                 scores = {
@@ -233,6 +237,34 @@ class ImageMonitor:
                 }
                 self._reference = Measured({name: kept[name].item() for name in sorted(kept)}, features, scores)
         return self._reference
+
+    def _kept_start(self) -> dict[str, Tensor] | None:
+        """What an earlier part of the run kept of the start; None if it is of other prompts, noise or sampler.
+
+        Without the scores of rewards that have changed since.
+        """
+        path = self.run.output_dir / START
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            made_with = json.loads((file.metadata() or {}).get(MADE_WITH, "{}"))
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        own = self._made_with()
+        if any(made_with.get(name) != own[name] for name in ("images", "encoder")):
+            return None
+        changed = {name for name in self.judges.rewards if made_with["rewards"].get(name) != own["rewards"][name]}
+        return {name: value for name, value in kept.items() if name.removeprefix(SCORES) not in changed}
+
+    def _made_with(self) -> dict[str, Any]:
+        """What the start's images, scores and features depend on, besides its weights."""
+        sampler = self.sampler
+        images = [[job.prompt, job.seed] for job in self._jobs()]
+        settings = [images, sampler.num_inference_steps, sampler.guidance_scale, sampler.latent_shape]
+        return {
+            "images": content_key(json.dumps(settings)),
+            "encoder": self.config.eval_encoder,
+            "rewards": {name: reward.identity for name, reward in self.judges.rewards.items()},
+        }
 
     def _keep_start(self, measured: Measured, step: int) -> None:
         """So that a resumed run, whose policy has moved, still compares with the start."""
@@ -246,7 +278,7 @@ class ImageMonitor:
 
         def write() -> None:
             with replacing(self.run.output_dir / START) as partial:
-                save_file(tensors, partial)
+                save_file(tensors, partial, metadata={MADE_WITH: json.dumps(self._made_with())})
 
         self.run.ranks.on_main(write)
 
@@ -274,7 +306,7 @@ class ImageMonitor:
         metrics = {name: float(values.mean()) for name, values in scores.items()}
         known = {} if reference is None else reference.scores
         for name, values in scores.items():
-            if len(known.get(name, ())) == len(values):  # a resumed run may evaluate other prompts than its start did
+            if name in known:  # a resumed run may ask other rewards than its start did
                 metrics[f"{name}{WINS}"] = win_rate(values, known[name])
         features = None
         if self._encoder is not None:

@@ -164,3 +164,11 @@ def test_a_stop_while_pairs_are_made_keeps_what_was_trained(prompts, warm_cache,
     )
     assert ours["loss"] == theirs["loss"]
     assert torch.isfinite(torch.tensor(ours["loss"]))
+
+
+@pytest.mark.parametrize(("changes", "says"), [({}, "of other networks"), (LORA, "a LoRA adapter of rank 4")])
+def test_it_is_planned(prompts, warm_cache, tmp_path, capsys, changes, says):
+    assert main(["plan", "--stage", *arguments(prompts, warm_cache, tmp_path / "run", **ROUNDS, **changes)]) == 0
+    said = capsys.readouterr().out
+    assert says in said
+    assert "of images nothing is cached: the policy makes them" in said

@@ -94,8 +94,9 @@ def test_two_processes_make_the_same_pairs(made, prompts, tmp_path):
     assert pairs_of(tmp_path / "pairs") == pairs_of(made)
 
 
-def test_dpo_trains_on_them(made, warm_cache, tmp_path):
-    call = dpo_arguments(made, warm_cache, tmp_path / "run", max_steps=2, per_device_train_batch_size=4)
+@pytest.mark.parametrize("changes", [{}, {"pair_noise": "own", "beta_by_gap": 0.5}], ids=["shared", "own"])
+def test_dpo_trains_on_them(made, warm_cache, tmp_path, changes):
+    call = dpo_arguments(made, warm_cache, tmp_path / "run", max_steps=2, per_device_train_batch_size=4, **changes)
     assert main(call) == 0
     assert (tmp_path / "run" / "final" / "model_index.json").is_file()
 

@@ -127,7 +127,8 @@ def make_pairs(config: MakePairsConfig, judge_config: VisionJudgeConfig) -> Path
         for first in tqdm(range(0, len(missing), ranks.world), desc="making pairs", disable=not ranks.is_main):
             own = {number: files[number] for number in missing[first : first + ranks.world][ranks.rank :][:1]}
             ranks.together(partial(maker.make, own))
-        ranks.on_main(lambda: _finish(config, folder, len(files)))
+        judged = ranks.gather([dataclasses.asdict(ranker.judge.counts)] if ranker.judge is not None else [])
+        ranks.on_main(lambda: _finish(config, folder, len(files), judged))
     return folder
 
 
@@ -237,18 +238,24 @@ def _write_pairs(path: Path, rows: list[dict[str, Any]]) -> None:
     numbers = {"score": datasets.Value("float32"), "seed": datasets.Value("int64")}
     features = {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
     features |= {f"{side}_{name}": kind for side in ("chosen", "rejected") for name, kind in numbers.items()}
+    datasets.disable_progress_bars()  # of a file that is written in a moment
     with replacing(path) as partial:
         datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(str(partial))
 
 
-def _finish(config: MakePairsConfig, folder: Path, files: int) -> None:
-    """Count, and say it. Raises PrxPostError if there is no pair."""
+def _finish(config: MakePairsConfig, folder: Path, files: int, judged: Sequence[dict[str, Any]]) -> None:
+    """Count, and say it. Raises PrxPostError if there is no pair.
+
+    Args:
+        judged: a judge's counts in each process, of this call.
+    """
     lines = [json.loads(line) for i in range(files) for line in _scores_path(folder, i).read_text().splitlines()]
     pairs, without = sum(line["pairs"] for line in lines), sum(not line["pairs"] for line in lines)
     alike = sum(len(set(line["scores"])) == 1 for line in lines)
     told = json.loads((folder / MARK).read_text(encoding="utf-8"))
     counts = {"prompts": len(lines), "pairs": pairs, "prompts_without_a_pair": without, "prompts_scored_alike": alike}
-    write_json(folder / MARK, {**told, "counts": counts})
+    sums = {name: sum(one[name] or 0 for one in judged) for name in judged[0]} if judged else {}
+    write_json(folder / MARK, {**told, "counts": counts, **({"judge_in_last_call": sums} if sums else {})})
     if not pairs:
         raise PrxPostError(
             f"no two images of a prompt differ by more than min_gap ({config.min_gap:g}); of {len(lines)} prompts, the "

@@ -35,7 +35,8 @@ def build_reference(
         return None
     is_other = config.ref_model_name_or_path is not None
     if model.use_peft and not is_other:
-        return EarlierSelf(policy, run.device) if config.sync_ref_model else AdapterOff(policy)
+        is_synced = config.sync_ref_model and not run.is_planned  # a plan has no weights to remember
+        return EarlierSelf(policy, run.device) if is_synced else AdapterOff(policy)
     network = run.transformer(pipeline, dtype)
     if config.sync_ref_model:
         return SlowAverage(run.place(network))
