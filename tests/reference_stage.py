@@ -42,7 +42,7 @@ class ReferenceObjective(Objective):
     def kept(self) -> dict[str, Tensor]:
         return self.slow.kept("slow")
 
-    def after_update(self, step, weights) -> None:
+    def after_step(self, step, weights) -> None:
         self.slow.follow(weights(), self.config.decay)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -67,6 +67,16 @@ class PreferenceConfig(EncodedData):
     completion_column: str = doc("Column with the images that are labelled one by one (loss_type kto).", "completion")
     label_column: str = doc("Column that is true for good images, false for bad ones (loss_type kto).", "label")
 
+    @property
+    def seed_columns(self) -> tuple[str, str]:
+        """Of the noise of both images, as `prx-post data make-pairs` writes them."""
+        return f"{self.chosen_column}_seed", f"{self.rejected_column}_seed"
+
+    @property
+    def score_columns(self) -> tuple[str, str]:
+        """Of both images, as `prx-post data make-pairs` writes them."""
+        return f"{self.chosen_column}_score", f"{self.rejected_column}_score"
+
 
 @dataclass
 class TimestepConfig:

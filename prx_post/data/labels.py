@@ -25,7 +25,9 @@ class LabelledRows(ImageRows):
 
     def __init__(self, dataset: Any, config: PreferenceConfig) -> None:
         super().__init__(dataset, config.completion_column, config.prompt_column)
-        given = list(dataset[config.label_column])
+        given, feature = list(dataset[config.label_column]), dataset.features[config.label_column]
+        if hasattr(feature, "int2str"):  # a class label: by name, for its number depends on the order of the names
+            given = [None if label is None else feature.int2str(label) for label in given]
         for row, label in enumerate(given):
             if _key(label) not in LABELS:
                 raise DataError(

@@ -1,9 +1,11 @@
-"""Preference pairs: read, filtered, encoded, and made into batches whose two images have one noise and one timestep.
+"""Preference pairs: read, filtered, encoded, and made into batches whose two images have one timestep and, unless each
+keeps its own, one noise.
 
 An image is encoded once, however many pairs hold it. Both images of a pair are trained at the size of the chosen one's
 aspect bucket.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,39 +39,48 @@ from prx_post.model.text import PromptCleaner
 
 IDENTICAL = "both images are the same"
 DUPLICATE = "an earlier pair is the same"
-SEEDS, SCORES = ("chosen_seed", "rejected_seed"), ("chosen_score", "rejected_score")
-"""Columns, as `prx-post data make-pairs` writes them."""
+TIE = "another pair prefers these images the other way round"
 RefErrors = Mapping[tuple[int, int], tuple[float, float]]
 """By place of the pair and seed of the draw: the reference's errors on the chosen and on the rejected image."""
-TIE = "another pair prefers these images the other way round"
 
 
 class PairRows(ImageRows):
-    """The images of N pairs: row 2i is the chosen image of pair i, row 2i + 1 the rejected one."""
+    """The images of N pairs: row 2i is the chosen image of pair i, row 2i + 1 the rejected one.
+
+    Raises:
+        DataError: a column of noise seeds or scores holds something else.
+    """
 
     def __init__(self, dataset: Any, config: PreferenceConfig) -> None:
         super().__init__(dataset, config.chosen_column, config.prompt_column)
         self.prompts = [prompt for prompt in self.prompts for _ in range(2)]
-        self._columns = (config.chosen_column, config.rejected_column)
-        self._seeds, self._scores = (self._numbers(names) for names in (SEEDS, SCORES))
+        columns = (config.chosen_column, config.rejected_column)
+        self._sides = [(dataset.select_columns([column]), column) for column in columns]  # so that one alone is read
+        self._seeds, self._scores = (self._numbers(names) for names in (config.seed_columns, config.score_columns))
 
     def __len__(self) -> int:
         return 2 * len(self._dataset)
 
     def _cell(self, row: int) -> dict[str, Any]:
         pair, side = divmod(row, 2)
-        return self._dataset[pair][self._columns[side]] or {}
+        images, column = self._sides[side]
+        return images[pair][column] or {}
 
-    def _numbers(self, columns: Sequence[str]) -> list[Any]:
+    def _numbers(self, columns: Sequence[str]) -> list[tuple[float, float] | None]:
         """Of each pair, those of both images; None if they are not all there."""
         if not set(columns) <= set(self._dataset.column_names):
             return [None] * len(self._dataset)
+        for column in columns:
+            kind = getattr(self._dataset.features[column], "dtype", "lists")
+            if not kind.startswith(("int", "uint", "float", "double")):
+                raise DataError(f"the column {column!r} holds {kind}, but must hold numbers. Rename or correct it.")
         both = zip(*(self._dataset[column] for column in columns), strict=True)
-        return [None if None in numbers else numbers for numbers in both]
+        return [None if any(n is None or math.isnan(n) for n in numbers) else numbers for numbers in both]
 
     def seeds(self, pair: int) -> tuple[int, int] | None:
         """Of the noise that the chosen and the rejected image were generated from, if that is known."""
-        return self._seeds[pair]
+        seeds = self._seeds[pair]
+        return None if seeds is None else (int(seeds[0]), int(seeds[1]))
 
     def gap(self, pair: int) -> float | None:
         """By how much the chosen image scored higher, if that is known."""
@@ -83,7 +94,8 @@ class PairRows(ImageRows):
 
 def read_pairs(config: PreferenceConfig) -> PairRows:
     """Open the pairs of a configuration. Raises DataError: they do not exist, lack a column, or are empty."""
-    return PairRows(open_dataset(config, ("chosen_column", "rejected_column"), also=(*SEEDS, *SCORES)), config)
+    also = (*config.seed_columns, *config.score_columns)
+    return PairRows(open_dataset(config, ("chosen_column", "rejected_column"), also=also), config)
 
 
 @dataclass(frozen=True)
@@ -173,13 +185,19 @@ def prepare_pairs(
     folder: Path,
     extra_prompts: Sequence[str],
     ranks: Ranks,
+    *,
+    own_noise: bool = False,
+    by_gap: bool = False,
 ) -> tuple[list[Pair], EncodedCache]:
     """Scan and filter the pairs and bring the cache up to date; every rank does its part.
 
     What cannot be used is listed in `folder`/bad_rows.jsonl, what says nothing in `folder`/filtered_pairs.jsonl.
 
+    Args:
+        own_noise, by_gap: every pair must have the seeds of its noise, or the scores of its images.
+
     Raises:
-        DataError: too many pairs cannot be used, or none is left.
+        DataError: too many pairs cannot be used, none is left, or one lacks what it must have; before it is encoded.
     """
     total, bad_rows_path = len(rows) // 2, folder / "bad_rows.jsonl"
     pairs, bad = (ranks.gather(found) for found in scan_pairs(rows, buckets, encoders.cleaner, ranks))
@@ -194,6 +212,10 @@ def prepare_pairs(
     ranks.on_main(lambda: _list_filtered(left_out, folder / "filtered_pairs.jsonl", total))
     if not pairs:
         raise _nothing_left(config, total, left_out[0].reason, ranks)
+    for pair in pairs:
+        lacking = _lacking(pair, config, own_noise, by_gap)
+        if lacking is not None:
+            raise DataError(lacking).raised_by_all(ranks.is_main)
     samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
 
     def open_cache() -> EncodedCache:
@@ -226,20 +248,21 @@ def _list_filtered(left_out: Sequence[BadRow], path: Path, total: int) -> None:
         tqdm.write(f"{len(left_out)} of {total} pairs say nothing and are left out, listed in {path}")
 
 
-def require_of_all(pairs: Sequence[Pair], config: PreferenceConfig, *, seeds: bool, gaps: bool) -> None:
-    """Raise DataError, naming the first pair that lacks what the loss needs."""
-    for pair in pairs:
-        if seeds and pair.seeds is None:
-            raise DataError(
-                f"pair_noise is 'own', but pair {pair.number} of {config.dataset_name} has no {' and '.join(SEEDS)}, "
-                f"or its images are not of the size at which they are trained. Make pairs with `prx-post data "
-                f"make-pairs`, and set their height and width; or set pair_noise: shared."
-            )
-        if gaps and not (pair.gap or 0) > 0:
-            raise DataError(
-                f"beta_by_gap is set, but pair {pair.number} of {config.dataset_name} has no {' above '.join(SCORES)}. "
-                f"Make pairs with `prx-post data make-pairs`, or set beta_by_gap: 0."
-            )
+def _lacking(pair: Pair, config: PreferenceConfig, own_noise: bool, by_gap: bool) -> str | None:
+    """What to say of a pair that lacks what the loss needs."""
+    which = f"pair {pair.number} of {config.dataset_name}"
+    if own_noise and pair.seeds is None:
+        return (
+            f"pair_noise is 'own', but {which} has no {' and '.join(config.seed_columns)}, or its images are not of "
+            f"the size at which they are trained. Make pairs with `prx-post data make-pairs`, and set their height and "
+            f"width; or set pair_noise: shared."
+        )
+    if by_gap and not (pair.gap or 0) > 0:
+        return (
+            f"beta_by_gap is set, but {which} has no {' above '.join(config.score_columns)}. Make pairs with "
+            f"`prx-post data make-pairs`, or set beta_by_gap: 0."
+        )
+    return None
 
 
 @dataclass

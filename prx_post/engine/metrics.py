@@ -15,7 +15,7 @@ class Window:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}
         self.images = 0
         self._pending: list[tuple[Mapping[str, Tensor], int]] = []
         self._resumed = False
@@ -30,7 +30,7 @@ class Window:
         self._timed_from = self.images
         self._began = time.perf_counter()
 
-    def resume(self, sums: dict[str, Tensor], counts: dict[str, int], images: int) -> None:
+    def resume(self, sums: dict[str, Tensor], counts: dict[str, float], images: int) -> None:
         self.sums, self.counts, self.images = sums, dict(counts), images
         self._resumed = True
 

@@ -74,8 +74,8 @@ class Objective(nn.Module):
         """Tensors besides weights and buffers that a checkpoint must hold, alike on all ranks; put back in place."""
         return {}
 
-    def after_update(self, step: int, weights: Callable[[], dict[str, Tensor]]) -> None:
-        """Called on all ranks when optimizer step `step`, counted from 0, has changed the policy.
+    def after_step(self, step: int, weights: Callable[[], dict[str, Tensor]]) -> None:
+        """Called on all ranks after optimizer step `step`, counted from 0, also if it was skipped.
 
         Args:
             weights: gives the policy's trained weights, whole, by name; a collective under ZeRO.

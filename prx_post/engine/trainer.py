@@ -87,7 +87,7 @@ class Trainer:
             each = [dict(saved.of_rank(r).under("sums")) for r in range(saved.world_size)]
             scale = self.config.gradient_accumulation_steps / state["micro_batches_per_step"]
             sums = {name: scale * sum(of_one[name] for of_one in each) / len(each) for name in each[0]}
-            counts = {name: round(count * scale) for name, count in state["window_counts"].items()}
+            counts = {name: count * scale for name, count in state["window_counts"].items()}
             self._window.resume(sums, counts, state["window_images"])
 
     def fit(self) -> dict[str, Any]:
@@ -204,9 +204,9 @@ class Trainer:
         if is_done:
             if POLICY not in stepper.schedule.waiting(self.step):
                 self.ema.update(stepper.schedule.updates_before(POLICY, self.step + 1))
-                self._unwrapped.after_update(self.step, self._weights)
             window.commit(stepper.grad_norm, stepper.group_norms)
             self._nonfinite_in_a_row = 0
+        self._unwrapped.after_step(self.step, self._weights)
         self.step += 1
         if not is_done:
             window.discard()

@@ -259,7 +259,7 @@ class ImageMonitor:
         """What the start's images, scores and features depend on, besides its weights."""
         sampler = self.sampler
         images = [[job.prompt, job.seed] for job in self._jobs()]
-        settings = [images, sampler.num_inference_steps, sampler.guidance_scale, sampler.latent_shape]
+        settings = [images, self.config.num_inference_steps, sampler.guidance_scale, sampler.latent_shape]
         return {
             "images": content_key(json.dumps(settings)),
             "encoder": self.config.eval_encoder,

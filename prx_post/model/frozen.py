@@ -118,3 +118,4 @@ class EarlierSelf:
     def _set(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self._trained[name].copy_(value)
+        torch.clear_autocast_cache()  # which holds casts of the weights as they were

@@ -112,8 +112,9 @@ def diffusion_kto_loss(
 ) -> tuple[Tensor, Metrics]:
     """KTO on images that are labelled good or bad, unpaired (Ethayarajh et al. 2024, eq. 7; Li et al. 2024 for images).
 
-    Differs from Ethayarajh et al.: the reference point is the batch's own mean implicit reward, not below 0, because
-    noised images have no mismatched completions from which a KL could be estimated. It takes no gradient.
+    Differs from Ethayarajh et al.: the reference point is the mean implicit reward of these B images, of all processes,
+    not below 0, because noised images have no mismatched completions from which a KL could be estimated. It takes no
+    gradient. So the loss depends on B: of a single image it is the image's own reward.
 
     Args:
         error, ref_error: the policy's and the reference's. [B].

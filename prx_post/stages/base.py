@@ -1,7 +1,7 @@
 """What stages that post-train one latent PRX pipeline have in common; each overrides what it does differently."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ class Encoded:
         name_of: how messages and samples.jsonl call a sample.
         cache: None if images and prompts are encoded on the fly.
         described: for the model card.
+        told: what is known of each sample besides, such as a label; a resumed run must have the same.
     """
 
     samples: list[Sample]
@@ -46,6 +47,7 @@ class Encoded:
     encoders: Encoders
     name_of: Callable[[Sample], str]
     described: str
+    told: Sequence[Any] | None = None
 
     def embed(self, prompt: str) -> Tensor:
         """[L, D], without padding."""
@@ -249,15 +251,17 @@ def _record_samples(run: Run, data: Encoded) -> str:
     """
     samples, name_of = data.samples, data.name_of
     keys = [(s.image_key, s.prompt_key) for s in samples]
-    digest, path = content_key(json.dumps(keys)), run.output_dir / "samples.jsonl"
+    whole = keys if data.told is None else [keys, list(data.told)]
+    digest, path = content_key(json.dumps(whole)), run.output_dir / "samples.jsonl"
     if run.saved is not None and run.saved.info["data"] != digest:
         before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        known = {(line["image"], line["prompt_key"]) for line in before}
+        known, present = {(line["image"], line["prompt_key"]) for line in before}, set(keys)
         odd = [name_of(s) for s in samples if (s.image_key, s.prompt_key) not in known]
-        odd += [line["name"] for line in before if (line["image"], line["prompt_key"]) not in set(keys)]
+        odd += [line["name"] for line in before if (line["image"], line["prompt_key"]) not in present]
+        others = "their order" if data.told is None else "their order, or what is told of them (labels, seeds, scores)"
         raise DataError(
             f"the data set holds other data than {run.saved.folder} was trained on: {len(samples)} samples, "
-            f"{len(before)} before; {odd[0] if odd else 'their order'} differs. "
+            f"{len(before)} before; {odd[0] if odd else others} differs. "
             f"Restore it, or start a new run from the emitted pipeline."
         )
     lines = [

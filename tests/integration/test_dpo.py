@@ -15,7 +15,7 @@ from prx_post.stages.dpo.objective import PairObjective
 from tests.distilling import batch as a_batch
 from tests.faults import differences, numbers
 from tests.pairing import dpo_arguments, number_pairs, write_pairs
-from tests.processes import run
+from tests.processes import free_port, run
 
 LORA = {"use_peft": "true", "lora_r": 4, "learning_rate": 1e-3}
 
@@ -76,6 +76,19 @@ def test_two_processes_compute_what_one_does(pairs, warm_cache, tmp_path, of_one
     for name in ("loss", "grad_norm", "margin"):
         # β multiplies differences of errors by 250, and with them their rounding of 1e-7
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-3, abs=1e-3)
+
+
+def test_the_documented_command_for_zero_2(pairs, warm_cache, tmp_path, of_one, prx_post):
+    """`prx-post dpo --config FILE --accelerate_config zero2 --num_processes 2`"""
+    call = dpo_arguments(pairs, warm_cache, tmp_path / "run", per_device_train_batch_size=4)
+    values = {**dict(zip(call[1::2], call[2::2], strict=True)), "--report_to": "[]"}
+    config = tmp_path / "dpo.yaml"
+    config.write_text("".join(f"{name.removeprefix('--')}: {value}\n" for name, value in values.items()))
+    flags = ["--accelerate_config", "zero2", "--num_processes", "2", "--main_process_port", free_port()]
+    prx_post("dpo", "--config", config, *flags, check=True)
+    ours, theirs = numbers(tmp_path / "run"), of_one["full"]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-3, abs=1e-3)
+    assert (tmp_path / "run" / "final" / "model_index.json").is_file()
 
 
 def preferring(policy, reference) -> tuple[float, torch.Tensor]:

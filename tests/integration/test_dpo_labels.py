@@ -100,3 +100,38 @@ def test_an_image_that_cannot_be_read_is_bad_and_listed(warm_cache, tmp_path, ca
     assert main(dpo_arguments(folder, warm_cache, tmp_path / "run", **KTO)) == 2
     assert "1 of 2 rows cannot be used" in capsys.readouterr().err
     assert (tmp_path / "run" / "bad_rows.jsonl").is_file()
+
+
+def test_a_class_label_is_read_by_its_name(warm_cache, tmp_path, capsys):
+    """Its number depends on the order of the names: here good images have 0."""
+    folder = write(tmp_path / "set", [True, False])
+    path = folder / "train.parquet"
+    rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    for i, names in enumerate((["true", "false"], ["chosen", "rejected"])):
+        labelled = rows.remove_columns("label").add_column("label", [0, 1])
+        features = labelled.features.copy()
+        features["label"] = datasets.ClassLabel(names=names)
+        other = tmp_path / f"{i}"
+        other.mkdir()
+        labelled.cast(features).to_parquet(str(other / "train.parquet"))
+    from prx_post.data.config import PreferenceConfig
+    from prx_post.data.labels import read_labelled
+
+    assert read_labelled(PreferenceConfig(dataset_name=str(tmp_path / "0"))).labels == [True, False]
+    assert main(dpo_arguments(tmp_path / "1", warm_cache, tmp_path / "run", **KTO)) == 2
+    assert "which holds 'chosen' in row 0" in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_with_other_labels(labelled, warm_cache, tmp_path, capsys):
+    changes = {**KTO, "max_steps": 2, "save_steps": 1}
+    assert main(dpo_arguments(labelled, warm_cache, tmp_path / "run", **changes)) == 0
+    other = write(tmp_path / "set", [False, True] * 12)
+    (tmp_path / "run" / "final").rename(tmp_path / "final")
+    assert main(dpo_arguments(other, warm_cache, tmp_path / "run", **{**changes, "max_steps": 4})) == 2
+    assert "what is told of them (labels, seeds, scores) differs" in capsys.readouterr().err
+
+
+def test_kto_needs_more_than_one_image_at_a_time(labelled, warm_cache, tmp_path, capsys):
+    call = dpo_arguments(labelled, warm_cache, tmp_path / "run", **KTO, per_device_train_batch_size=1)
+    assert main(call) == 2
+    assert "per_device_train_batch_size is 1, but must be 2 or more, of all processes" in capsys.readouterr().err

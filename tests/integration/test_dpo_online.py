@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prx_post.cli import main
+from prx_post.engine.checkpointing import open_checkpoint
 from tests.faults import differences, numbers
 from tests.pairing import dpo_arguments
 from tests.processes import run
@@ -69,6 +70,60 @@ def test_it_resumes_inside_a_round_and_between_two_to_the_bit(prompts, warm_cach
         shutil.copy(tmp_path / "whole" / file, broken / file)
     assert main(arguments(prompts, warm_cache, broken, **changes)) == 0
     assert differences(broken, tmp_path / "whole") == []
+
+
+def test_a_rounds_adapter_is_a_reference_under_bfloat16_too(prompts, warm_cache, tmp_path):
+    """Autocast keeps the casts of weights, which must not be those of the reference when the policy is asked."""
+    changes = {**ROUNDS, **LORA, "bf16": "true", "learning_rate": 1e-2, "max_steps": 6, "steps_per_round": 3}
+    assert main(arguments(prompts, warm_cache, tmp_path / "run", **changes)) == 0
+    lines = numbers(tmp_path / "run")
+    for first in (0, 3):
+        assert lines[first]["margin"] == 0
+        assert abs(lines[first + 1]["margin"]) > 1e-3
+        assert abs(lines[first + 2]["margin"]) > 1e-3
+
+
+def test_a_round_whose_last_step_is_skipped_still_makes_the_policy_the_reference(
+    prompts, warm_cache, tmp_path, monkeypatch
+):
+    from prx_post.engine.stepper import Stepper
+
+    backward, calls = Stepper.backward, []
+
+    def broken(self, loss):
+        backward(self, loss)
+        calls.append(loss)
+        if len(calls) == 3:  # the last step of the first round
+            self.grad_norm = math.nan
+
+    monkeypatch.setattr(Stepper, "backward", broken)
+    changes = {**ROUNDS, "steps_per_round": 3, "max_steps": 4, "learning_rate": 1e-3}
+    assert main(arguments(prompts, warm_cache, tmp_path / "run", **changes)) == 0
+    losses = {line["step"]: line["loss"] for line in numbers(tmp_path / "run")}
+    assert (tmp_path / "run" / "nonfinite.jsonl").is_file()
+    assert losses[2] != pytest.approx(math.log(2), abs=1e-3)
+    assert losses[4] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_all_pairs_of_a_prompt_keep_each_image_once(prompts, warm_cache, tmp_path):
+    changes = {"pairs_per_prompt": "all", "max_steps": 1, "save_steps": 1}
+    assert main(arguments(prompts, warm_cache, tmp_path / "run", **changes)) == 0
+    saved = open_checkpoint(tmp_path / "run" / "checkpoint-000001")
+    latents = saved.joined("source")["latents"]
+    assert len(latents) == 6 * 4
+    made = saved.info["source"]["pairs"]
+    assert len(made) == 6 * 6
+    assert {place for pair in made for place in pair[1:3]} == set(range(24))
+    for _, _, _, _, _, better, worse in made:
+        assert better > worse
+
+
+@pytest.mark.parametrize("changes", [{"sync_ref_model": "false"}, {"steps_per_round": 4}])
+def test_rounds_may_not_change_on_resuming(prompts, warm_cache, tmp_path, capsys, changes):
+    assert main(arguments(prompts, warm_cache, tmp_path / "run", **ROUNDS)) == 0
+    (tmp_path / "run" / "final").rename(tmp_path / "final")
+    assert main(arguments(prompts, warm_cache, tmp_path / "run", **{**ROUNDS, **changes, "max_steps": 6})) == 2
+    assert next(iter(changes)) in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,13 @@ def test_a_reference_of_another_architecture_or_with_other_encoders_is_refused(
         assert not list(out.glob("checkpoint-*"))
 
 
+def test_without_a_reference_nothing_is_said_of_decay(pairs, warm_cache, tmp_path, capsys):
+    assert main(dpo_arguments(pairs, warm_cache, tmp_path / "run", reference_free="true", save_steps=0)) == 0
+    assert numbers(tmp_path / "run")[-1]["both_rise"] == 1
+    said = capsys.readouterr()
+    assert "denoises both images worse" not in said.out + said.err
+
+
 def test_both_images_decaying_is_said_once(pairs, warm_cache, tmp_path, capsys):
     """A policy that is worse than its reference on everything, and stays so."""
     changes = {"learning_rate": 1e-2, "max_steps": 6, "save_steps": 0}
@@ -131,6 +138,10 @@ def test_both_images_decaying_is_said_once(pairs, warm_cache, tmp_path, capsys):
         ({"desirable_weight": 2}, "desirable_weight is 2.0, but must be 1.0 because loss_type is 'sigmoid'"),
         ({"dataset_name": None}, "dataset_name is None, but must be a folder, a parquet file or a Hub id"),
         ({"reward": "ocr_graded"}, "reward is 'ocr_graded', but must be left out because pairs is 'dataset'"),
+        ({"min_gap": 0.1}, "min_gap is 0.1, but must be left out because pairs is 'dataset'"),
+        ({"judge_url": "http://localhost:1/v1", "judge_model": "m"}, "judge_url is 'http://localhost:1/v1', but must"),
+        ({"ref_model_revision": "main"}, "ref_model_revision is 'main', but must be left out"),
+        ({"loss_type": "kto", "reference_free": "true"}, "reference_free is True, but must be False"),
         ({"ref_model_name_or_path": "nowhere/at/all"}, "nowhere/at/all"),
     ],
 )

@@ -10,7 +10,7 @@ from prx_post.base.ranks import ALONE
 from prx_post.data.buckets import Buckets
 from prx_post.data.config import PreferenceConfig
 from prx_post.data.encoding import Encoders
-from prx_post.data.pairs import PairSource, prepare_pairs, read_pairs, require_of_all
+from prx_post.data.pairs import PairSource, prepare_pairs, read_pairs
 from prx_post.data.plan import DrawPlan
 from prx_post.data.rows import DataError
 from prx_post.data.source import timestep_and_noise
@@ -21,7 +21,7 @@ from prx_post.model.frozen import AdapterOff, FrozenCopy
 from prx_post.model.lora import attach
 from prx_post.model.text import PromptCleaner
 from prx_post.stages.dpo.config import DPOConfig
-from prx_post.stages.dpo.objective import PairObjective
+from prx_post.stages.dpo.objective import PairObjective, pair_errors
 from prx_post.stages.dpo.references import ReferenceErrors
 from tests.pairing import number_pairs
 
@@ -50,12 +50,16 @@ def write_made(folder, count=4, **columns):
     return folder
 
 
-def opened(folder, cache, out, size=SIZE, draws=None):
-    config = PreferenceConfig(dataset_name=str(folder), height=size[0], width=size[1], cache_dir=str(cache))
+def opened(folder, cache, out, size=SIZE, draws=None, columns=None, **needs):
+    config = PreferenceConfig(
+        dataset_name=str(folder), height=size[0], width=size[1], cache_dir=str(cache), **(columns or {})
+    )
     pipeline = open_pipeline("tiny")
     encoders = Encoders(pipeline, PromptCleaner(False), torch.device("cpu"), torch.float32)
     out.mkdir(exist_ok=True)
-    pairs, encoded = prepare_pairs(config, read_pairs(config), encoders, Buckets(pipeline, *size), out, [], ALONE)
+    pairs, encoded = prepare_pairs(
+        config, read_pairs(config), encoders, Buckets(pipeline, *size), out, [], ALONE, **needs
+    )
     plan = DrawPlan([pair.chosen.size for pair in pairs], 4, 0, 8, draws)
 
     def source(**options):
@@ -111,22 +115,35 @@ def test_beta_grows_with_the_gap_of_a_pair(warm_cache, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "size", "needs", "message"),
     [
-        ({"chosen_seed": None}, SIZE, {"seeds": True, "gaps": False}, "pair 0 of .* has no chosen_seed and rejected_s"),
-        ({}, (64, 64), {"seeds": True, "gaps": False}, "or its images are not of the size at which they are trained"),
-        ({"rejected_score": None}, SIZE, {"seeds": False, "gaps": True}, "pair 0 of .* no chosen_score above rejected"),
+        ({"chosen_seed": None}, SIZE, {"own_noise": True}, "pair 0 of .* has no chosen_seed and rejected_s"),
+        ({}, (64, 64), {"own_noise": True}, "or its images are not of the size at which they are trained"),
+        ({"rejected_score": None}, SIZE, {"by_gap": True}, "pair 0 of .* no chosen_score above rejected"),
         (
             {"chosen_score": [1.0, 0.0, 1.0, 1.0]},
             SIZE,
-            {"seeds": False, "gaps": True},
+            {"by_gap": True},
             "beta_by_gap is set, but pair 1",
         ),
     ],
 )
-def test_what_a_loss_needs_and_the_set_lacks_is_said(tmp_path, warm_cache, columns, size, needs, message):
-    cache = warm_cache if size == SIZE else tmp_path / "cache"
-    pairs, _, _, config = opened(write_made(tmp_path / "set", **columns), cache, tmp_path / "run", size)
+def test_what_a_loss_needs_and_the_set_lacks_is_said(tmp_path, columns, size, needs, message):
     with pytest.raises(DataError, match=message):
-        require_of_all(pairs, config, **needs)
+        opened(write_made(tmp_path / "set", **columns), tmp_path / "cache", tmp_path / "run", size, **needs)
+    assert not list((tmp_path / "cache").glob("latents/*/*.safetensors"))  # before anything is encoded
+
+
+def test_seeds_and_scores_go_with_their_images_when_the_columns_are_exchanged(warm_cache, tmp_path):
+    folder = write_made(tmp_path / "set", chosen_score=[1.0] * 4, rejected_score=[4.0] * 4)
+    exchanged = {"chosen_column": "rejected", "rejected_column": "chosen"}
+    pairs, *_ = opened(folder, warm_cache, tmp_path / "run", columns=exchanged)
+    assert [pair.seeds for pair in pairs] == [(50, 10), (51, 11), (52, 12), (53, 13)]
+    assert {pair.gap for pair in pairs} == {3.0}
+
+
+def test_scores_that_are_no_numbers_are_named(tmp_path):
+    folder = write_made(tmp_path / "set", chosen_score=["good"] * 4)
+    with pytest.raises(DataError, match="the column 'chosen_score' holds string, but must hold numbers"):
+        read_pairs(PreferenceConfig(dataset_name=str(folder)))
 
 
 def test_a_pair_has_as_many_draws_as_are_fixed_and_takes_them_in_turn():
@@ -139,8 +156,8 @@ def test_a_pair_has_as_many_draws_as_are_fixed_and_takes_them_in_turn():
     assert (2, plan.fixed_draw(2, 1).seed) in steps[1]
 
 
-def reference_errors(source, plan, cache_dir, asked):
-    config = DPOConfig(output_dir="unused", max_steps=8, precompute_ref_errors=2, per_device_train_batch_size=4)
+def reference_errors(source, plan, cache_dir, asked, draws=2):
+    config = DPOConfig(output_dir="unused", max_steps=8, precompute_ref_errors=draws, per_device_train_batch_size=4)
 
     def transformer(pipeline, dtype):
         asked.append(pipeline.source)
@@ -179,6 +196,19 @@ def test_three_references_give_the_same_losses_and_gradients_for_the_same_draws(
         assert loss == pytest.approx(results[0][0], rel=1e-4)
         assert change == pytest.approx(results[0][1], rel=1e-3, abs=1e-6)
         assert torch.allclose(gradients, results[0][2], rtol=1e-3, atol=1e-5)
+
+
+def test_errors_do_not_depend_on_how_draws_fall_into_batches(warm_cache, tmp_path):
+    """Three draws a pair in batches of four: a pair's draws are computed in two."""
+    _, plan, source, _ = opened(write_made(tmp_path / "set"), warm_cache, tmp_path / "run", draws=3)
+    errors = reference_errors(source(), plan, tmp_path / "cache", [], draws=3)
+    assert len(errors) == 12
+    copy = FrozenCopy(load("tiny").transformer)
+    for index in range(4):
+        for number in range(3):
+            draw = plan.fixed_draw(index, number)
+            own = pair_errors(copy.velocity, source().batch([draw], 0))[0].tolist()
+            assert errors[index, draw.seed] == pytest.approx(own, rel=1e-4)
 
 
 def test_errors_of_the_reference_are_kept_and_not_computed_again(warm_cache, tmp_path):

@@ -1,5 +1,6 @@
 """Settings of `prx-post dpo` and of `prx-post data make-pairs`. Imports nothing heavy."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from prx_post.base.settings import doc, require
@@ -43,14 +44,19 @@ class OnlineConfig(RankingConfig):
         "`dataset`, or `online`: of the policy's own images, made anew every steps_per_round steps.",
         "dataset",
         one_of=("dataset", "online"),
+        resume="fixed",
     )
     prompts_file: str | None = doc(
         "Prompts of online pairs: a text file with one per line, or .jsonl or .json with a `prompt` each.", None
     )
     prompts_per_round: int = doc("Of which online pairs are made at a time.", 64, above=0)
-    steps_per_round: int = doc("Optimizer steps on the same online pairs; 1: fresh ones in every step.", 1, above=0)
+    steps_per_round: int = doc(
+        "Optimizer steps on the same online pairs; 1: fresh ones in every step.", 1, above=0, resume="fixed"
+    )
     sync_ref_model: bool = doc(
-        "The policy at a round's start becomes the reference (iterated DPO); false: the start stays it.", False
+        "The policy at a round's start becomes the reference (iterated DPO); false: the start stays it.",
+        False,
+        resume="fixed",
     )
     rollout_num_inference_steps: int | None = doc(
         "Sampler steps of online pairs; null: num_inference_steps.", None, above=0
@@ -66,9 +72,10 @@ class OnlineConfig(RankingConfig):
         """Raise ConfigError for what contradicts `pairs`."""
         self.check_ranking()
         reason, action = f"pairs is {self.pairs!r}", "Set pairs: online, or leave it out"
-        for name in ("prompts_file", "sync_ref_model", "reward"):
-            value = getattr(self, name)
-            require(self.is_online or not value, name, value, "left out", reason, action)
+        for field in dataclasses.fields(OnlineConfig):
+            value = getattr(self, field.name)
+            ok = self.is_online or field.name == "pairs" or value == field.default
+            require(ok, field.name, value, "left out", reason, action)
         value, reason = self.prompts_file, "online pairs are made of prompts"
         require(not self.is_online or value is not None, "prompts_file", value, "a file", reason, "Set it")
 
@@ -127,15 +134,20 @@ class DPOConfig(TimestepConfig, OnlineConfig, MonitorConfig):
             ("lose_weight", 1.0),
             ("sft_weight", 0.0),
             ("pair_noise", "shared"),
+            ("max_both_rise", 0.5),
             ("beta_by_gap", 0.0),
         ):
             self._only_for(("sigmoid", "hinge", "ipo"), name, default)
         for name in ("desirable_weight", "undesirable_weight"):
             self._only_for(("kto",), name, 1.0)
+        ok, reason = self.ref_model_name_or_path is not None, "ref_model_name_or_path is null"
+        value, action = self.ref_model_revision, "Name the checkpoint too"
+        require(ok or value is None, "ref_model_revision", value, "left out", reason, action)
         for name in ("ref_model_name_or_path", "precompute_ref_errors"):
             value, reason = getattr(self, name), "reference_free asks no reference"
             require(not (self.reference_free and value), name, value, "left out", reason, "Set one of them")
-        self._refuse(self.loss_type == "kto", ("pairs", "dataset"), ("precompute_ref_errors", 0))
+        is_kto = self.loss_type == "kto"
+        self._refuse(is_kto, ("pairs", "dataset"), ("precompute_ref_errors", 0), ("reference_free", False))
         self._refuse(self.is_online, ("precompute_ref_errors", 0))
         self._refuse(self.sync_ref_model, ("ref_model_name_or_path", None), ("reference_free", False))
 
@@ -157,6 +169,11 @@ class DPOConfig(TimestepConfig, OnlineConfig, MonitorConfig):
         require(stage < 3 or not self.is_online, "deepspeed", f"zero{stage}", "zero1 or zero2", reason, "Set it")
 
     @property
+    def uses_what_is_told(self) -> bool:
+        """Whether the loss depends on the pairs' seeds or scores."""
+        return self.pair_noise == "own" or self.beta_by_gap > 0
+
+    @property
     def loss_settings(self) -> dict[str, object]:
         """Keyword arguments of the loss that `loss_type` names."""
         of_pairs = ("loss_type", "label_smoothing", "lose_weight", "sft_weight")
@@ -172,6 +189,11 @@ def check_together(data: PreferenceConfig, judge: VisionJudgeConfig, config: DPO
     require((value is None) == is_online, "dataset_name", value, rule, reason, "Change it, or pairs")
     if is_online:
         config.check_ranker(judge)
+        return
+    reason = "the pairs are ranked already"
+    require(
+        judge.judge_url is None, "judge_url", judge.judge_url, "left out", reason, "Remove it, or set pairs: online"
+    )
 
 
 CONFIGS = (ModelConfig, PreferenceConfig, VisionJudgeConfig, DPOConfig)

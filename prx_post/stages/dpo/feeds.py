@@ -12,7 +12,7 @@ from prx_post.data.cache import content_key
 from prx_post.data.config import DataConfig
 from prx_post.data.encoding import EncodedCache, Sample, fill_cache, prepare, with_what_others_wrote
 from prx_post.data.labels import LabelledSource, read_labelled
-from prx_post.data.pairs import Pair, PairSource, RefErrors, prepare_pairs, read_pairs, require_of_all
+from prx_post.data.pairs import Pair, PairSource, RefErrors, prepare_pairs, read_pairs
 from prx_post.data.plan import DrawPlan
 from prx_post.data.rows import ImageRows
 from prx_post.data.sizes import CacheSize, cache_size
@@ -59,13 +59,15 @@ class PairFeed:
         assert rows is not None
         encoders = stage.encoders(run)
         self.pairs, cache = prepare_pairs(
-            *(self.data_config, rows, encoders, stage.buckets, run.output_dir), stage.shown_prompts(), run.ranks
+            *(self.data_config, rows, encoders, stage.buckets, run.output_dir, stage.shown_prompts(), run.ranks),
+            own_noise=config.pair_noise == "own",
+            by_gap=config.beta_by_gap > 0,
         )
         encoders.free()
-        require_of_all(self.pairs, self.data_config, seeds=config.pair_noise == "own", gaps=config.beta_by_gap > 0)
         samples = [sample for pair in self.pairs for sample in (pair.chosen, pair.rejected)]
         described = f"{self.data_config.dataset_name} ({len(self.pairs)} of {len(rows) // 2} preference pairs)"
-        data = Encoded(samples, rows, cache, encoders, lambda sample: rows.name(sample.row), described)
+        told = [(pair.seeds, pair.gap) for pair in self.pairs] if config.uses_what_is_told else None
+        data = Encoded(samples, rows, cache, encoders, lambda sample: rows.name(sample.row), described, told)
         if config.precompute_ref_errors:
             source, plan = self.source(run, data, None), self._plan(run)
             reference, dtype = stage.reference_pipeline, stage.text_dtype()
@@ -113,7 +115,8 @@ class LabelFeed:
         encoders.free()
         good = sum(rows.labels[sample.row] for sample in samples)
         described = f"{given.dataset_name} ({good} good and {len(samples) - good} bad images)"
-        return Encoded(samples, rows, cache, encoders, lambda sample: rows.name(sample.row), described)
+        told = [rows.labels[sample.row] for sample in samples]
+        return Encoded(samples, rows, cache, encoders, lambda sample: rows.name(sample.row), described, told)
 
     def source(self, run: Run, data: Encoded, policy: Any) -> LabelledSource:
         assert self.rows is not None

@@ -60,7 +60,7 @@ class ComparedWithReference(Objective):
     def kept(self) -> dict[str, Tensor]:
         return self._synced().kept("reference") if self.sync_steps else {}
 
-    def after_update(self, step: int, weights: Callable[[], dict[str, Tensor]]) -> None:
+    def after_step(self, step: int, weights: Callable[[], dict[str, Tensor]]) -> None:
         if self.sync_steps and (step + 1) % self.sync_steps == 0:
             self._synced().follow(weights(), 0.0)
 

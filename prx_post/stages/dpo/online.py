@@ -6,8 +6,9 @@ iterated DPO.
 
 import itertools
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,22 +41,24 @@ class Made:
 
     Attributes:
         prompt: its place among the prompts.
-        seeds: of the noise that the better and the worse image were generated from.
+        images: places of the better and the worse image among the images that are kept.
+        seeds: of the noise that both were generated from.
         scores: of both.
     """
 
     prompt: int
+    images: tuple[int, int]
     seeds: tuple[int, int]
     scores: tuple[float, float]
 
 
 @dataclass
 class Group:
-    """What came of one prompt: the scores of all its images, its pairs, and their latents [2, C, H, W]."""
+    """What came of one prompt: all images' scores, the pairs, and the latents [N, C, H, W] of the images in them."""
 
     scores: list[float]
-    pairs: list[Made] = field(default_factory=list)
-    latents: list[Tensor] = field(default_factory=list)
+    pairs: list[Made]
+    latents: Tensor
 
 
 @dataclass
@@ -89,14 +92,14 @@ class OnlinePairs:
         self._take_up(NONE, [], torch.empty(0, *self.sampler.latent_shape))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Latents [2 · pairs, C, H, W], of each pair the better and the worse; the main process has them all."""
-        pairs = [[made.prompt, *made.seeds, *made.scores] for made in self._pairs]
+        """Latents [N, C, H, W] of the images in the round's pairs; the main process has them all."""
+        pairs = [[made.prompt, *made.images, *made.seeds, *made.scores] for made in self._pairs]
         return {"round": self._round, "pairs": pairs}, {
             "latents": self._latents if self.run.ranks.is_main else self._latents[:0]
         }
 
     def load_state(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        pairs = [Made(prompt, (a, b), (better, worse)) for prompt, a, b, better, worse in info["pairs"]]
+        pairs = [Made(prompt, (i, j), (a, b), (x, y)) for prompt, i, j, a, b, x, y in info["pairs"]]
         self._take_up(info["round"], pairs, tensors["latents"])
 
     def batches(self, step: int) -> Iterator[Batch]:
@@ -110,17 +113,16 @@ class OnlinePairs:
         self._round, self._pairs, self._latents = number, pairs, latents
         if not pairs:
             return
-        keys = [f"{number}-{i}" for i in range(2 * len(pairs))]
-        samples = [
-            Sample(i, prompt.prompt, self.size, keys[i], prompt.prompt_key)
-            for i, prompt in enumerate(self.prompts[made.prompt] for made in pairs for _ in range(2))
-        ]
-        described = [
-            Pair(samples[2 * i], samples[2 * i + 1], made.seeds, made.scores[0] - made.scores[1])
-            for i, made in enumerate(pairs)
-        ]
-        seed = stream(self.config.seed, ROUND, number)
-        self._source = self.source_of(described, dict(zip(keys, latents, strict=True)), seed)
+        described = []
+        for row, made in enumerate(pairs):
+            prompt = self.prompts[made.prompt]
+            better, worse = (
+                Sample(2 * row + side, prompt.prompt, self.size, f"{number}-{image}", prompt.prompt_key)
+                for side, image in enumerate(made.images)
+            )
+            described.append(Pair(better, worse, made.seeds, made.scores[0] - made.scores[1]))
+        by_key = {f"{number}-{image}": one for image, one in enumerate(latents)}
+        self._source = self.source_of(described, by_key, stream(self.config.seed, ROUND, number))
 
     def _make(self, number: int) -> dict[str, Tensor]:
         """A round's pairs, each rank its part of the prompts. Returns what they were like, for the log.
@@ -142,10 +144,16 @@ class OnlinePairs:
                 return self._groups(batches[mine]) if mine < len(batches) else [], signals.received
 
             results = ranks.together(work)
-            if any(received for _, received in results):
-                raise StopRequested("a stop signal was received while pairs were made").raised_by_all(ranks.is_main)
+            received = max(number for _, number in results)
+            if received:
+                raise StopRequested(
+                    f"stopped by {signal.Signals(received).name} while pairs were made; what was trained before is "
+                    f"saved. Resume with resume_from_checkpoint: latest."
+                ).raised_by_all(ranks.is_main)
             groups += [group for found, _ in results for group in found]
         self.policy.train()
+        if config.steps_per_round > 1:
+            self.images.free()  # what decoded them is not needed for a while
         return self._take_up_made(number, groups)
 
     def _groups(self, draws: Sequence[Draw]) -> list[Group]:
@@ -153,20 +161,37 @@ class OnlinePairs:
         config, size = self.config, self.config.num_generations
         prompts = [self.prompts[draw.index] for draw in draws]
         seeds_PG = [noise_seeds(draw.seed, prompt.prompt, size) for draw, prompt in zip(draws, prompts, strict=True)]
-        embeddings = [self.images.embed(prompt.prompt) for prompt in prompts for _ in range(size)]
-        latents = self.sampler.latents(embeddings, self.images.embed(""), list(itertools.chain(*seeds_PG)))
-        images = to_images(self.images.decode(latents))
+        latents = self._latents_of([p for p in prompts for _ in range(size)], list(itertools.chain(*seeds_PG)))
+        few = config.per_device_train_batch_size  # what training has memory for
+        images = [image for part in latents.split(few) for image in to_images(self.images.decode(part))]
         images_PG = [images[i : i + size] for i in range(0, len(images), size)]
         scores_PG = self.ranker.scores([prompt.prompt for prompt in prompts], images_PG).tolist()
         groups = []
-        for draw, seeds, scores, own in zip(draws, seeds_PG, scores_PG, latents.float().cpu().split(size), strict=True):
+        for draw, seeds, scores, own in zip(draws, seeds_PG, scores_PG, latents.cpu().split(size), strict=True):
             found = couples(scores, config.pairs_per_prompt, config.min_gap)
-            pairs = [Made(draw.index, (seeds[a], seeds[b]), (scores[a], scores[b])) for a, b in found]
-            groups.append(Group(scores, pairs, [own[[a, b]] for a, b in found]))
+            kept = sorted({image for couple in found for image in couple})
+            pairs = [
+                Made(draw.index, (kept.index(a), kept.index(b)), (seeds[a], seeds[b]), (scores[a], scores[b]))
+                for a, b in found
+            ]
+            groups.append(Group(scores, pairs, own[kept]))
         return groups
 
+    def _latents_of(self, prompts: Sequence[Sample], seeds: Sequence[int]) -> Tensor:
+        null, most = self.images.embed(""), self.config.rollout_batch_size
+        parts = [
+            self.sampler.latents(
+                [self.images.embed(p.prompt) for p in prompts[i : i + most]], null, seeds[i : i + most]
+            )
+            for i in range(0, len(prompts), most)
+        ]
+        return torch.cat(parts).float()
+
     def _take_up_made(self, number: int, groups: Sequence[Group]) -> dict[str, Tensor]:
-        pairs = [made for group in groups for made in group.pairs]
+        pairs, kept = list[Made](), 0
+        for group in groups:
+            pairs += [replace(made, images=(made.images[0] + kept, made.images[1] + kept)) for made in group.pairs]
+            kept += len(group.latents)
         scores = torch.tensor([group.scores for group in groups])
         if not pairs:
             alike = int((scores.amax(1) == scores.amin(1)).sum())
@@ -175,7 +200,7 @@ class OnlinePairs:
                 f"{number + 1}; of {len(groups)} prompts, the images of {alike} all score alike. Lower min_gap, raise "
                 f"prompts_per_round or num_generations, or choose another reward."
             ).raised_by_all(self.run.ranks.is_main)
-        self._take_up(number, pairs, torch.cat([latents for group in groups for latents in group.latents]))
+        self._take_up(number, pairs, torch.cat([group.latents for group in groups]))
         gaps = torch.tensor([made.scores[0] - made.scores[1] for made in pairs])
         return {
             "rollout_score": scores.mean(),

@@ -55,7 +55,7 @@ class Ranker:
         if self.reward is None:
             return (compare_groups(self._judge, prompts, groups).sum(2) - 0.5) / (size - 1)
         images, repeated = list(itertools.chain(*groups)), [prompt for prompt in prompts for _ in range(size)]
-        return checked(self.reward(images, repeated), "make-pairs", len(images)).view(len(prompts), size)
+        return checked(self.reward(images, repeated), "that ranks", len(images)).view(len(prompts), size)
 
 
 def couples(scores: Sequence[float], pairs_per_prompt: str, min_gap: float) -> list[tuple[int, int]]:
@@ -78,10 +78,10 @@ def read_prompts(file: str, cleaner: PromptCleaner, count: int | None = None) ->
         PrxPostError: the file is missing or has none, or cleaning leaves nothing of one.
     """
     path = existing_file("prompts_file", file)
-    rows = read_prompt_file(path)
+    rows = list({row["prompt"]: row for row in read_prompt_file(path)}.values())
     if count is not None:
         rows = [rows[i] for i in spread_over_groups(rows, count)]
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    prompts = [row["prompt"] for row in rows]
     for prompt in prompts:
         if not cleaner(prompt):
             raise PrxPostError(

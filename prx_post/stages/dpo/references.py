@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prx_post.data.cache import TensorCache, content_key, fingerprint
+from prx_post.data.images import PREPROCESSING
 from prx_post.data.pairs import Pair, PairSource, RefErrors
 from prx_post.data.plan import Draw, DrawPlan
 from prx_post.engine.protocols import Reference, to_device
@@ -68,13 +69,14 @@ class ReferenceErrors:
     def compute(self) -> RefErrors:
         count, pairs, ranks = self.config.precompute_ref_errors, self.source.pairs, self.run.ranks
         draws = [[self.plan.fixed_draw(place, number) for number in range(count)] for place in range(len(pairs))]
-        keys = [_key(pair, of_pair) for pair, of_pair in zip(pairs, draws, strict=True)]
+        keys = [self._key(pair, of_pair) for pair, of_pair in zip(pairs, draws, strict=True)]
         cache = TensorCache(ranks.on_main(self._folder))
         known = ranks.on_main(lambda: {i: cache[key].tolist() for i, key in enumerate(keys) if key in cache})
+        missing = [i for i in range(len(pairs)) if i not in known]
         found: dict[int, list[list[float]]] = {}
 
         def work() -> dict[int, list[list[float]]]:
-            mine = ranks.share(self._chunks([i for i in range(len(pairs)) if i not in known]))
+            mine = ranks.share(missing)
             if mine:
                 cache.write((keys[i], errors) for i, errors in self._errors(mine, draws, found))
             return found
@@ -87,28 +89,29 @@ class ReferenceErrors:
             for draw, (win, lose) in zip(of_pair, known[i], strict=True)
         }
 
-    def _chunks(self, places: Sequence[int]) -> list[list[int]]:
-        """Pairs of one size each, whose draws make up a micro-batch."""
-        pairs = self.source.pairs
-        most = max(1, self.config.per_device_train_batch_size // self.config.precompute_ref_errors)
-        sizes = sorted({pairs[i].chosen.size for i in places})
-        groups = [[i for i in places if pairs[i].chosen.size == size] for size in sizes]
-        return [group[i : i + most] for group in groups for i in range(0, len(group), most)]
-
     def _errors(
-        self, chunks: Sequence[Sequence[int]], draws: Sequence[Sequence[Draw]], found: dict[int, list[list[float]]]
+        self, places: Sequence[int], draws: Sequence[Sequence[Draw]], found: dict[int, list[list[float]]]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Of each pair, by its place, [draws, 2]; also added to `found`."""
-        run, config = self.run, self.config
+        """Of each pair, by its place, [draws, 2]; also added to `found`. In micro-batches of pairs of one size."""
+        run, pairs, count = self.run, self.source.pairs, self.config.precompute_ref_errors
+        most, quiet = self.config.per_device_train_batch_size, not run.ranks.is_main
         reference = FrozenCopy(run.place(run.transformer(self.pipeline, self.dtype)))
-        quiet = run.ranks.rank > 0
-        for chunk in tqdm(chunks, desc="errors of the reference", unit="batch", leave=False, disable=quiet):
-            batch = to_device(self.source.batch([draw for i in chunk for draw in draws[i]], 0), run.device)
-            with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=config.bf16):
-                errors = pair_errors(reference.velocity, batch).float().cpu()
-            for i, of_pair in zip(chunk, errors.view(len(chunk), -1, 2), strict=True):
-                found[i] = of_pair.tolist()
-                yield i, of_pair
+        with tqdm(
+            total=len(places), desc="errors of the reference", unit="pair", leave=False, disable=quiet
+        ) as progress:
+            for size in sorted({pairs[i].chosen.size for i in places}):
+                of_size = [i for i in places if pairs[i].chosen.size == size]
+                work, unfinished = [draw for i in of_size for draw in draws[i]], iter(of_size)
+                done: list[Tensor] = []
+                for start in range(0, len(work), most):
+                    batch = to_device(self.source.batch(work[start : start + most], 0), run.device)
+                    with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=self.config.bf16):
+                        done += pair_errors(reference.velocity, batch).float().cpu()
+                    while len(done) >= count:
+                        place, errors, done = next(unfinished), torch.stack(done[:count]), done[count:]
+                        found[place] = errors.tolist()
+                        progress.update()
+                        yield place, errors
 
     def _folder(self) -> Path:
         parts = [self.pipeline.path / name for name in ("transformer", "vae", "text_encoder", "tokenizer")]
@@ -116,13 +119,14 @@ class ReferenceErrors:
             "reference": fingerprint(self.cache_dir, *parts),
             "dtype": str(self.dtype),
             "bf16": self.config.bf16,
+            "preprocessing": PREPROCESSING,
             "pair_noise": self.config.pair_noise,
             **self.config.timestep_density,
         }
         return self.cache_dir / "ref-errors" / content_key(json.dumps(made_with))[:16]
 
-
-def _key(pair: Pair, draws: Sequence[Draw]) -> str:
-    """What a pair's errors depend on, besides the reference."""
-    seeds = [draw.seed for draw in draws]
-    return content_key(json.dumps([pair.chosen.image_key, pair.rejected.image_key, pair.chosen.prompt_key, seeds]))
+    def _key(self, pair: Pair, draws: Sequence[Draw]) -> str:
+        """What a pair's errors depend on, besides the reference."""
+        images = [pair.chosen.image_key, pair.rejected.image_key, pair.chosen.prompt_key]
+        own_noise = pair.seeds if self.config.pair_noise == "own" else None
+        return content_key(json.dumps([images, own_noise, [draw.seed for draw in draws]]))

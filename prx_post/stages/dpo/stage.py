@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+from prx_post.base.settings import require
 from prx_post.data.buckets import Buckets, Size
 from prx_post.data.config import PreferenceConfig
 from prx_post.engine.protocols import Batch, Monitor, Objective, Source
@@ -35,6 +36,7 @@ class DPO(PipelineStage):
         super().__init__(model, config, data.skip_text_cleaning, data.cache_dir, data.fixed_size, planned)
         self.data_config = data
         self.buckets = Buckets(self.pipeline, data.height, data.width)
+        self._check_noise()
         self.reference_pipeline = self._open_reference(planned)
         self.feed: Feed
         if config.is_online:
@@ -43,6 +45,11 @@ class DPO(PipelineStage):
             self.feed = LabelFeed(self, planned)
         else:
             self.feed = PairFeed(self, planned)
+
+    def _check_noise(self) -> None:
+        own, stochastic = self.config.pair_noise == "own", self.scheduler.config.stochastic_sampling
+        reason = "its pipeline adds fresh noise in every step, so that an image has none of its own"
+        require(not (own and stochastic), "pair_noise", "own", "shared", reason, "Set it")
 
     def _open_reference(self, planned: bool) -> PipelineFolder:
         config = self.config
@@ -72,6 +79,10 @@ class DPO(PipelineStage):
         reference = build_reference(run, config, self.model, self.reference_pipeline, policy, self.text_dtype())
         loss = config.loss_settings
         if config.loss_type == "kto" and not run.is_planned:
+            count = config.per_device_train_batch_size * run.ranks.world
+            reason = "an image is compared with the mean of those that all processes compute at a time"
+            rule, action = "2 or more, of all processes", "Raise it"
+            require(count > 1, "per_device_train_batch_size", count, rule, reason, action)
             loss["average"] = partial(run.accelerator.reduce, reduction="mean")
         sync_steps = config.steps_per_round if config.sync_ref_model else 0
         return self.feed.objective(policy, config.learning_rate, reference, sync_steps, **loss)
