@@ -1,6 +1,7 @@
 """What interrupts a validation, or is found by it: nothing is lost, and every rank knows."""
 
 import json
+import shutil
 
 from prx_post.engine.checkpointing import checkpoints
 from tests.faults import numbers, run_child, sft_arguments
@@ -79,3 +80,41 @@ def test_a_run_that_stops_early_emits_and_has_finished(image_folder, warm_cache,
     again = run_child(call, tmp_path / "log")
     assert again.returncode == 0
     assert "has finished: there is nothing to do" in again.output
+
+
+def evaluations(folder):
+    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_wins_against_its_start_at_every_number_of_steps(image_folder, warm_cache, tmp_path):
+    """Also at the first of ascending numbers, which is not that of the start."""
+    changes = {**EVALUATED, "num_inference_steps": 2, "save_steps": 2}
+    steps = ["--eval_num_inference_steps", "1", "2"]
+    run(1, [*sft_arguments(image_folder, warm_cache, tmp_path / "whole", **changes), *steps])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-000002", broken / "checkpoint-000002")
+    for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "validated.json", "start.safetensors"):
+        shutil.copy(tmp_path / "whole" / name, broken / name)
+    run(1, [*sft_arguments(image_folder, warm_cache, broken, **changes), *steps])
+    assert evaluations(broken) == evaluations(tmp_path / "whole")
+    assert "eval/jpeg_compressibility_wins/1_steps" in evaluations(broken)[-1]
+
+
+def test_a_start_that_drew_other_prompts_is_not_compared_with(image_folder, warm_cache, tmp_path):
+    """As many of them: win rates of one prompt's images against another's would mean nothing."""
+    files = []
+    for first in (100, 200):
+        path = tmp_path / f"{first}.jsonl"
+        path.write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in range(first, first + 2)))
+        files.append(path)
+    changes = {**EVALUATED, "num_inference_steps": 2, "save_steps": 2, "max_steps": 2}
+    changes.pop("eval_encoder")
+    run(1, sft_arguments(image_folder, warm_cache, tmp_path / "run", **changes, eval_prompts_file=files[0]))
+    (tmp_path / "run" / "final").rename(tmp_path / "final")
+    more = {**changes, "max_steps": 4, "eval_prompts_file": files[1]}
+    (resumed,) = run(1, sft_arguments(image_folder, warm_cache, tmp_path / "run", **more))
+    assert "was not evaluated by this run: compared is with step 4" in resumed.output
+    *_, last = evaluations(tmp_path / "run")
+    assert last["step"] == 4
+    assert last["eval/jpeg_compressibility_wins/2_steps"] == 0.5
