@@ -21,6 +21,7 @@ import datasets
 
 RUNS = Path("runs/dpo-controls")
 SFT = "runs/demo/sft/final"
+PAIRS_PER_STEP = 32
 
 
 def prx_post(*args: object, threads: int) -> None:
@@ -58,7 +59,8 @@ def train(name: str, pairs: Path, processes: int, *options: object) -> None:
     if (folder / "final").exists():
         return
     common = ("--config", "configs/tiny/dpo.yaml", "--dataset_name", pairs, "--output_dir", folder, "--sample_steps", 0)
-    prx_post("dpo", *common, "--resume_from_checkpoint", "latest", *options, threads=processes)
+    split = ("--num_processes", processes, "--per_device_train_batch_size", PAIRS_PER_STEP // processes)
+    prx_post("dpo", *common, *split, "--resume_from_checkpoint", "latest", *options, threads=1)
 
 
 def report(names: Sequence[str], seeds: Sequence[int]) -> None:
@@ -82,7 +84,7 @@ def report(names: Sequence[str], seeds: Sequence[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--processes", type=int, default=2, help="that make pairs; threads of training")
+    parser.add_argument("--processes", type=int, default=2, help="that make pairs, train and evaluate")
     options = parser.parse_args()
     for seed in options.seeds:
         train(f"seed-{seed}", make_pairs(seed, options.processes), options.processes, "--seed", seed)
