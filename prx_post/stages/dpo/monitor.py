@@ -26,7 +26,8 @@ class PreferenceMonitor(ImageMonitor):
         if is_high and not self._is_warned and self.run.log is not None:
             self.run.log.say(
                 f"warning: at step {step} the policy denoises both images worse than the reference in "
-                f"{metrics['both_rise']:.0%} of the pairs (both_rise; max_both_rise {limit:g}): the margin grows "
-                f"because images decay. Lower learning_rate, raise beta, set lose_weight below 1 or sft_weight above 0."
+                f"{metrics['both_rise']:.0%} of the pairs (both_rise; max_both_rise {limit:g}), so the margin may grow "
+                f"because images decay. If held-out rewards fall, lower learning_rate, raise beta, set lose_weight "
+                f"below 1 or sft_weight above 0."
             )
         self._is_warned = is_high
