@@ -162,7 +162,10 @@ def run(
     **env: str,
 ) -> list[Finished]:
     """All ranks to a successful end."""
-    finished = Processes(count, args, prepare, **env).wait(timeout_s)
+    processes = Processes(count, args, prepare, **env)
+    finished = processes.wait(timeout_s)
+    for log in processes.logs:
+        log.unlink()
     for rank, process in enumerate(finished):
         assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{process.output[-3000:]}"
     return finished
