@@ -77,7 +77,8 @@ def report(names: Sequence[str], seeds: Sequence[int]) -> None:
         exact_ocr, exact_judge, wins, fid = row(name)
         print(f"| {name} | {exact_ocr:.3f} | {exact_judge:.3f} | {wins:.3f} | {fid:.1f} |")
     columns = list(zip(*(row(f"seed-{seed}") for seed in seeds), strict=True))
-    means = [f"{statistics.mean(column):.3f} ± {statistics.pstdev(column):.3f}" for column in columns]
+    digits = (3, 3, 3, 1)
+    means = [f"{statistics.mean(c):.{n}f} ± {statistics.pstdev(c):.{n}f}" for c, n in zip(columns, digits, strict=True)]
     print(f"| mean ± standard deviation of {len(seeds)} seeds | {' | '.join(means)} |")
 
 

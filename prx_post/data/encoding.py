@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,6 +216,16 @@ def prepare(
             ranks,
         )
     return samples, cache
+
+
+def encode_prompts(
+    open_cache: Callable[[], EncodedCache], prompts: Sequence[str], encoders: Encoders, ranks: Ranks
+) -> EncodedCache:
+    """The cache with the embeddings of these prompts and of the empty one; every rank encodes its part."""
+    texts = list(dict.fromkeys(["", *prompts]))
+    no_rows: Any = None  # which are read for samples alone
+    fill_cache(open_cache(), [], no_rows, texts, encoders, ranks)
+    return with_what_others_wrote(open_cache, [], [content_key(encoders.cleaner(text)) for text in texts], ranks)
 
 
 def with_what_others_wrote(

@@ -53,9 +53,7 @@ class SlowAverage(FrozenCopy):
     @torch.no_grad()
     def follow(self, weights: Mapping[str, Tensor], decay: float) -> None:
         """`weights`: the policy's, whole, by name; decay 0 replaces the copy."""
-        own = dict(self.transformer.named_parameters())
-        for name, value in weights.items():
-            own[name].lerp_(value.to(own[name]), 1 - decay)
+        _move_towards(dict(self.transformer.named_parameters()), weights, 1 - decay)
 
     def kept(self, name: str) -> dict[str, Tensor]:
         """Its weights as `Objective.kept` has them, under `name`: unlike a plain copy they cannot be had again."""
@@ -108,8 +106,7 @@ class EarlierSelf:
     @torch.no_grad()
     def follow(self, weights: Mapping[str, Tensor], decay: float) -> None:
         """As SlowAverage."""
-        for name, value in weights.items():
-            self._earlier[name].lerp_(value.to(self._earlier[name]), 1 - decay)
+        _move_towards(self._earlier, weights, 1 - decay)
 
     def kept(self, name: str) -> dict[str, Tensor]:
         """As SlowAverage."""
@@ -119,3 +116,8 @@ class EarlierSelf:
         for name, value in values.items():
             self._trained[name].copy_(value)
         torch.clear_autocast_cache()  # which holds casts of the weights as they were
+
+
+def _move_towards(held: Mapping[str, Tensor], weights: Mapping[str, Tensor], fraction: float) -> None:
+    for name, value in weights.items():
+        held[name].lerp_(value.to(held[name]), fraction)

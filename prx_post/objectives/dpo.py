@@ -108,7 +108,7 @@ def diffusion_kto_loss(
     beta: float,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-    average: Callable[[Tensor], Tensor] = torch.clone,
+    average: Callable[[Tensor], Tensor] = lambda mean: mean,
 ) -> tuple[Tensor, Metrics]:
     """KTO on images that are labelled good or bad, unpaired (Ethayarajh et al. 2024, eq. 7; Li et al. 2024 for images).
 

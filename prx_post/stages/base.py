@@ -150,6 +150,16 @@ class PipelineStage:
             )
         return digest
 
+    def batch_options(self, run: Run) -> dict[str, Any]:
+        """What every LatentSource of the stage is told: how a global batch is split, and padded."""
+        return {
+            "micro_batch_size": self.config.per_device_train_batch_size,
+            "rank": run.ranks.rank,
+            "world_size": run.ranks.world,
+            # torch.compile specialises on shapes, so it gets one text length
+            "pad_length": self.pipeline.max_prompt_tokens if self.config.torch_compile else None,
+        }
+
     def sampler(self, network: Any, run: Run) -> Sampler:
         """As the emitted pipeline generates."""
         config, pipeline = self.config, self.pipeline

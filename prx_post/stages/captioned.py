@@ -42,12 +42,12 @@ class CaptionedStage(PipelineStage):
         config = self.config
         plan = DrawPlan([s.size for s in data.samples], run.global_batch_size, config.seed, config.max_steps)
         return LatentSource(
-            *(data.samples, data.rows, data.cache, data.encoders, plan),
-            micro_batch_size=config.per_device_train_batch_size,
-            rank=run.ranks.rank,
-            world_size=run.ranks.world,
-            # torch.compile specialises on shapes, so it gets one text length
-            pad_length=self.pipeline.max_prompt_tokens if config.torch_compile else None,
+            samples=data.samples,
+            rows=data.rows,
+            cache=data.cache,
+            encoders=data.encoders,
+            plan=plan,
+            **self.batch_options(run),
             **options,
         )
 

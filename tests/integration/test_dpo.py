@@ -4,15 +4,8 @@ import math
 import shutil
 
 import pytest
-import torch
 
 from prx_post.cli import main
-from prx_post.model.checkpoint import load
-from prx_post.model.config import ModelConfig
-from prx_post.model.frozen import AdapterOff, FrozenCopy
-from prx_post.model.lora import attach
-from prx_post.stages.dpo.objective import PairObjective
-from tests.distilling import batch as a_batch
 from tests.faults import differences, numbers
 from tests.pairing import dpo_arguments, number_pairs, write_pairs
 from tests.processes import free_port, run
@@ -89,35 +82,6 @@ def test_the_documented_command_for_zero_2(pairs, warm_cache, tmp_path, of_one, 
     ours, theirs = numbers(tmp_path / "run"), of_one["full"]
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-3, abs=1e-3)
     assert (tmp_path / "run" / "final" / "model_index.json").is_file()
-
-
-def preferring(policy, reference) -> tuple[float, torch.Tensor]:
-    torch.manual_seed(0)
-    objective = PairObjective(policy, 1e-4, reference, beta=500.0)
-    batch = a_batch()
-    batch |= {"rejected": batch["latents"].flip(0), "t": batch["ladd_t"]}
-    loss, _ = objective(batch)
-    loss.backward()
-    (gradient,) = [p.grad for name, p in policy.named_parameters() if "blocks.0" in name and "gate_proj.lora_B" in name]
-    return loss.item(), gradient
-
-
-def test_the_policy_without_its_adapter_is_as_good_a_reference_as_a_copy():
-    """Also when the adapter has moved."""
-    results = []
-    for with_copy in (False, True):
-        torch.manual_seed(1)
-        policy = attach(load("tiny").transformer, ModelConfig(model_name_or_path="tiny", use_peft=True, lora_r=4))
-        with torch.no_grad():
-            for name, parameter in policy.named_parameters():
-                if "lora_B" in name:
-                    parameter.add_(0.02 * torch.randn_like(parameter))
-        reference = FrozenCopy(load("tiny").transformer) if with_copy else AdapterOff(policy)
-        results.append(preferring(policy, reference))
-    (loss, gradient), (other, others) = results
-    assert abs(loss - math.log(2)) > 0.01
-    assert loss == pytest.approx(other, rel=1e-5)
-    assert torch.allclose(gradient, others, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

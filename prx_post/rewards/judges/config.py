@@ -2,12 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from prx_post.base.errors import ConfigError
 from prx_post.base.settings import check_fields, doc, require
-from prx_post.rewards.judges.chat import Endpoint, is_base_url, is_this_machine
 from prx_post.rewards.judges.judge_answers import read_template
+
+if TYPE_CHECKING:
+    from prx_post.rewards.judges.chat import Endpoint
 
 OPENAI_KEY = "OPENAI_API_KEY"
 RECENT_ANSWERS = 200
@@ -50,6 +53,8 @@ class VisionJudgeConfig:
         check_fields(self)
         url, model = self.judge_url, self.judge_model
         if url is not None:
+            from prx_post.rewards.judges.chat import is_base_url  # brings httpx2, which --help does without
+
             if "@" in url:  # not shown: it holds a password
                 raise ConfigError("judge_url has a user name, which ends in logs. Put the key into judge_api_key_env.")
             action = "Write it such as http://localhost:8000/v1"
@@ -63,8 +68,10 @@ class VisionJudgeConfig:
         require(both, "judge_prompt_price", prices[0], "set together with it", reason, "Set both, or neither")
         read_template(self.judge_template_file)
 
-    def endpoint(self) -> Endpoint:
+    def endpoint(self) -> "Endpoint":
         """With the API key of the environment. Raises ConfigError without judge_url, or if the key cannot be sent."""
+        from prx_post.rewards.judges.chat import Endpoint
+
         if self.judge_url is None or self.judge_model is None:
             raise ConfigError(
                 "judge_url is None, but must be set because a vision judge is asked there. Set judge_url."
@@ -82,6 +89,8 @@ class VisionJudgeConfig:
         )
 
     def _api_key(self) -> str | None:
+        from prx_post.rewards.judges.chat import is_this_machine
+
         name, parts = self.judge_api_key_env, urlsplit(str(self.judge_url))
         key = os.environ.get(name, "").strip() if name else ""
         if not key:

@@ -20,7 +20,7 @@ from prx_post.base.files import write_bytes
 from prx_post.base.ranks import Ranks
 from prx_post.data.buckets import Buckets
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
-from prx_post.data.encoding import EncodedCache, Encoders, Sample, fill_cache, prepare, with_what_others_wrote
+from prx_post.data.encoding import EncodedCache, Encoders, Sample, encode_prompts, prepare, with_what_others_wrote
 from prx_post.data.prompts import read_prompt_rows
 from prx_post.data.rows import ImageRows
 from prx_post.model.checkpoint import PipelineFolder
@@ -111,16 +111,11 @@ def teacher_latents(
     def open_cache() -> EncodedCache:
         return EncodedCache(TensorCache(folder), EncodedCache.open(cache_dir, pipeline, encoders.text_dtype).embeddings)
 
-    cache = open_cache()
     if ranks.rank == 0:
         text = json.dumps({"source": pipeline.source, **made_with}, indent=2)
         write_bytes(folder / "teacher.json", (text + "\n").encode())
     samples = [Sample(p.row, p.text, size, p.latent_key, p.key) for p in prompts]
-    texts = list(dict.fromkeys(["", *extra_prompts, *(p.text for p in prompts)]))
-    no_images: Any = None  # fill_cache reads rows of samples alone
-    fill_cache(cache, [], no_images, texts, encoders, ranks)
-    keys = [content_key(encoders.cleaner(text)) for text in texts]
-    cache = with_what_others_wrote(open_cache, [], keys, ranks)
+    cache = encode_prompts(open_cache, [*extra_prompts, *(p.text for p in prompts)], encoders, ranks)
     batch = config.teacher_batch_size
     batches = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     # what one process sees, for all: others may see another run's files later or earlier
@@ -134,7 +129,7 @@ def teacher_latents(
     own = ranks.share(missing)
     if own:
         _make(own, cache, sampler(), quiet=ranks.rank > 0)
-    return samples, with_what_others_wrote(open_cache, [p.latent_key for p in prompts], keys, ranks)
+    return samples, with_what_others_wrote(open_cache, [p.latent_key for p in prompts], [], ranks)
 
 
 def _make(batches: Sequence[Sequence[Prompt]], cache: EncodedCache, sampler: Sampler, quiet: bool) -> None:

@@ -148,11 +148,8 @@ class Distill(PipelineStage):
         )
         return LatentSource(
             *(data.samples, None, data.cache, data.encoders, plan),
-            micro_batch_size=config.per_device_train_batch_size,
-            rank=run.ranks.rank,
-            world_size=run.ranks.world,
+            **self.batch_options(run),
             randomness=self.randomness(),
-            pad_length=self.teacher_pipeline.max_prompt_tokens if config.torch_compile else None,
         )
 
     def randomness(self) -> Randomness:

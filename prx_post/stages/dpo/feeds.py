@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prx_post.data.cache import content_key
 from prx_post.data.config import DataConfig
-from prx_post.data.encoding import EncodedCache, Sample, fill_cache, prepare, with_what_others_wrote
+from prx_post.data.encoding import EncodedCache, Sample, encode_prompts, prepare
 from prx_post.data.labels import LabelledSource, read_labelled
 from prx_post.data.pairs import Pair, PairSource, RefErrors, prepare_pairs, read_pairs
 from prx_post.data.plan import DrawPlan
@@ -124,7 +124,8 @@ class LabelFeed:
         plan = DrawPlan([s.size for s in data.samples], run.global_batch_size, config.seed, config.max_steps)
         return LabelledSource(
             *(data.samples, data.rows, data.cache, data.encoders, plan),
-            **_common(self.stage, run),
+            **self.stage.batch_options(run),
+            randomness=partial(timestep_and_noise, **config.timestep_density),
             labels=self.rows.labels,
         )
 
@@ -151,19 +152,16 @@ class OnlineFeed:
 
     def data(self, run: Run) -> Encoded:
         """Samples are the prompts."""
-        stage, encoders, ranks = self.stage, self.stage.encoders(run), run.ranks
-        texts = list(dict.fromkeys(["", *self.prompts, *stage.shown_prompts()]))
-        keys = {text: content_key(encoders.cleaner(text)) for text in texts}
+        stage, encoders = self.stage, self.stage.encoders(run)
 
         def open_cache() -> EncodedCache:
             return EncodedCache.open(stage.cache_dir, encoders.pipeline, encoders.text_dtype)
 
-        no_rows: Any = None  # which are read for samples alone
-        fill_cache(open_cache(), [], no_rows, texts, encoders, ranks)
-        cache = with_what_others_wrote(open_cache, [], list(keys.values()), ranks)
+        cache = encode_prompts(open_cache, [*self.prompts, *stage.shown_prompts()], encoders, run.ranks)
         encoders.free()
+        keys = [content_key(encoders.cleaner(text)) for text in self.prompts]
         size = stage.largest_size
-        samples = [Sample(i, text, size, keys[text], keys[text]) for i, text in enumerate(self.prompts)]
+        samples = [Sample(i, self.prompts[i], size, key, key) for i, key in enumerate(keys)]
         name, ranker = Path(self.config.prompts_file).name, self.config.reward or "a judge"
         described = f"its own images of the {len(samples)} prompts of {name}, ranked by {ranker}"
         return Encoded(samples, None, cache, encoders, lambda sample: f"{name}:{sample.row + 1}", described)
@@ -215,24 +213,13 @@ def pair_source(
         cache=data.cache if cache is None else cache,
         encoders=data.encoders,
         plan=plan,
-        **_common(stage, run),
+        **stage.batch_options(run),
+        randomness=partial(timestep_and_noise, **stage.config.timestep_density),
         pairs=pairs,
         own_noise=stage.config.pair_noise == "own",
         beta_by_gap=stage.config.beta_by_gap,
         ref_errors=ref_errors,
     )
-
-
-def _common(stage: Any, run: Run) -> dict[str, Any]:
-    config = stage.config
-    return {
-        "micro_batch_size": config.per_device_train_batch_size,
-        "rank": run.ranks.rank,
-        "world_size": run.ranks.world,
-        "randomness": partial(timestep_and_noise, **config.timestep_density),
-        # torch.compile specialises on shapes, so it gets one text length
-        "pad_length": stage.pipeline.max_prompt_tokens if config.torch_compile else None,
-    }
 
 
 def _example_of_pairs(batch: Batch, own_noise: bool) -> Batch:

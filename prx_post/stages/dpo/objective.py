@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Prompts, Reference
+from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Prompts
 from prx_post.flow import interpolate, velocity_target
 from prx_post.model.denoiser import predict_velocity
 from prx_post.objectives.dpo import diffusion_dpo_loss, diffusion_kto_loss
@@ -42,14 +42,12 @@ class ComparedWithReference(Objective):
     """A policy, and the reference that its errors are compared with.
 
     Args:
-        reference: None: its errors count as 0, or are in the batches.
+        reference: a `Reference`; None: its errors count as 0, or are in the batches.
         sync_steps: after every so many optimizer steps the policy becomes the reference; 0: never.
         loss: settings of the loss.
     """
 
-    def __init__(
-        self, policy: Any, learning_rate: float, reference: Reference | None, sync_steps: int = 0, **loss: Any
-    ) -> None:
+    def __init__(self, policy: Any, learning_rate: float, reference: Any, sync_steps: int = 0, **loss: Any) -> None:
         super().__init__()
         self.policy, self.learning_rate, self.loss = policy, learning_rate, loss
         self.reference, self.sync_steps = reference, sync_steps
@@ -58,15 +56,11 @@ class ComparedWithReference(Objective):
         return [ParamGroup(POLICY, self.policy, self.learning_rate)]
 
     def kept(self) -> dict[str, Tensor]:
-        return self._synced().kept("reference") if self.sync_steps else {}
+        return self.reference.kept("reference") if self.sync_steps else {}
 
     def after_step(self, step: int, weights: Callable[[], dict[str, Tensor]]) -> None:
         if self.sync_steps and (step + 1) % self.sync_steps == 0:
-            self._synced().follow(weights(), 0.0)
-
-    def _synced(self) -> Any:
-        """The reference, which is then one that can follow."""
-        return self.reference
+            self.reference.follow(weights(), 0.0)
 
     def velocity(self, x_t: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
         return predict_velocity(self.policy, x_t, t, *prompts)

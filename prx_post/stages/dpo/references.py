@@ -73,12 +73,18 @@ class ReferenceErrors:
         cache = TensorCache(ranks.on_main(self._folder))
         known = ranks.on_main(lambda: {i: cache[key].tolist() for i, key in enumerate(keys) if key in cache})
         missing = [i for i in range(len(pairs)) if i not in known]
-        found: dict[int, list[list[float]]] = {}
 
         def work() -> dict[int, list[list[float]]]:
+            found: dict[int, list[list[float]]] = {}
+
+            def to_keep() -> Iterator[tuple[str, Tensor]]:
+                for i, errors in self._errors(mine, draws):
+                    found[i] = errors.tolist()
+                    yield keys[i], errors
+
             mine = ranks.share(missing)
             if mine:
-                cache.write((keys[i], errors) for i, errors in self._errors(mine, draws, found))
+                cache.write(to_keep())
             return found
 
         for part in ranks.together(work):
@@ -89,10 +95,8 @@ class ReferenceErrors:
             for draw, (win, lose) in zip(of_pair, known[i], strict=True)
         }
 
-    def _errors(
-        self, places: Sequence[int], draws: Sequence[Sequence[Draw]], found: dict[int, list[list[float]]]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Of each pair, by its place, [draws, 2]; also added to `found`. In micro-batches of pairs of one size."""
+    def _errors(self, places: Sequence[int], draws: Sequence[Sequence[Draw]]) -> Iterator[tuple[int, Tensor]]:
+        """Of each pair, by its place, [draws, 2]; computed in micro-batches of pairs of one size."""
         run, pairs, count = self.run, self.source.pairs, self.config.precompute_ref_errors
         most, quiet = self.config.per_device_train_batch_size, not run.ranks.is_main
         reference = FrozenCopy(run.place(run.transformer(self.pipeline, self.dtype)))
@@ -109,7 +113,6 @@ class ReferenceErrors:
                         done += pair_errors(reference.velocity, batch).float().cpu()
                     while len(done) >= count:
                         place, errors, done = next(unfinished), torch.stack(done[:count]), done[count:]
-                        found[place] = errors.tolist()
                         progress.update()
                         yield place, errors
 
