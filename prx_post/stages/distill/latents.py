@@ -111,11 +111,11 @@ def teacher_latents(
     def open_cache() -> EncodedCache:
         return EncodedCache(TensorCache(folder), EncodedCache.open(cache_dir, pipeline, encoders.text_dtype).embeddings)
 
+    samples = [Sample(p.row, p.text, size, p.latent_key, p.key) for p in prompts]
+    cache = encode_prompts(open_cache, [*extra_prompts, *(p.text for p in prompts)], encoders, ranks)
     if ranks.rank == 0:
         text = json.dumps({"source": pipeline.source, **made_with}, indent=2)
         write_bytes(folder / "teacher.json", (text + "\n").encode())
-    samples = [Sample(p.row, p.text, size, p.latent_key, p.key) for p in prompts]
-    cache = encode_prompts(open_cache, [*extra_prompts, *(p.text for p in prompts)], encoders, ranks)
     batch = config.teacher_batch_size
     batches = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     # what one process sees, for all: others may see another run's files later or earlier

@@ -76,13 +76,13 @@ class ReferenceErrors:
 
         def work() -> dict[int, list[list[float]]]:
             found: dict[int, list[list[float]]] = {}
+            mine = ranks.share(missing)
 
             def to_keep() -> Iterator[tuple[str, Tensor]]:
                 for i, errors in self._errors(mine, draws):
                     found[i] = errors.tolist()
                     yield keys[i], errors
 
-            mine = ranks.share(missing)
             if mine:
                 cache.write(to_keep())
             return found
