@@ -8,12 +8,9 @@ DATASET = "An image folder, a parquet file or a folder of them, or a Hub id"
 
 
 @dataclass
-class EncodedData:
-    """Images of prompts, encoded once."""
+class EncodingConfig:
+    """How prompts, and images if there are any, become embeddings and latents."""
 
-    dataset_name: str | None = doc(f"{DATASET}.", None)
-    dataset_split: str = doc("Split to read.", "train")
-    prompt_column: str = doc("Column with the prompts.", "prompt")
     height: int | None = doc(
         "Train at this height, pixels; null: aspect buckets of the checkpoint's size.", None, above=0
     )
@@ -22,7 +19,6 @@ class EncodedData:
         "Only light prompt cleaning, as the pipeline's flag of this name; use the same value at inference.", False
     )
     cache_dir: str = doc("Folder of the latent and embedding cache.", "~/.cache/prx-post", resume="free")
-    max_bad_fraction: float = doc("Stop when more than this fraction of the rows cannot be used.", 0.01, between=(0, 1))
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -34,6 +30,30 @@ class EncodedData:
     def fixed_size(self) -> tuple[int, int] | None:
         """Height and width, pixels; None: aspect buckets."""
         return None if self.height is None or self.width is None else (self.height, self.width)
+
+
+@dataclass
+class PromptConfig(EncodingConfig):
+    """Prompts of images that the policy generates."""
+
+    prompts_file: str | None = doc(
+        "Prompts: a text file with one per line, or .jsonl or .json with a `prompt` each; rewards may read the "
+        "other keys.",
+        None,
+        required=("a file", "images are generated of prompts"),
+    )
+    height: int | None = doc("Height of images, pixels; null: the checkpoint's default_sample_size.", None, above=0)
+    width: int | None = doc("Width of images, pixels; set both or neither.", None, above=0)
+
+
+@dataclass
+class EncodedData(EncodingConfig):
+    """Images of prompts, encoded once."""
+
+    dataset_name: str | None = doc(f"{DATASET}.", None)
+    dataset_split: str = doc("Split to read.", "train")
+    prompt_column: str = doc("Column with the prompts.", "prompt")
+    max_bad_fraction: float = doc("Stop when more than this fraction of the rows cannot be used.", 0.01, between=(0, 1))
 
 
 @dataclass

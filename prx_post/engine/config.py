@@ -127,6 +127,9 @@ class TrainConfig:
         """`output_dir` as a path."""
         return Path(str(self.output_dir)).expanduser()
 
+    def settle(self, world_size: int) -> None:
+        """Set what follows from the number of processes. Raises ConfigError if it does not come out even."""
+
     def check_zero(self, stage: int, offload: bool) -> None:
         """Raise ConfigError if the stage cannot be trained under this ZeRO stage."""
 

@@ -64,6 +64,11 @@ class Objective(nn.Module):
 
     policy: nn.Module
 
+    @property
+    def learning_rate_factor(self) -> float:
+        """What all groups' learning rates are multiplied by; alike on all ranks, and found again on resuming."""
+        return 1.0
+
     def groups(self) -> list[ParamGroup]:
         raise NotImplementedError
 

@@ -104,6 +104,7 @@ def open_run(config: TrainConfig, settings: dict[str, Any], rules: dict[str, Rul
         PrxPostError: the folder is in use or holds something else; the checkpoint is missing, damaged or of other
             settings; inside, another process was lost.
     """
+    config.settle(int(os.environ.get("WORLD_SIZE", "1")))
     changed_batch = _keep_global_batch(config)
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     if config.num_threads:

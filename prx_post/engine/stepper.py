@@ -37,11 +37,11 @@ class Stepper:
         self._waiting: tuple[str, ...] = ()
         self._put_moments_back: Callable[[], None] = lambda: None
 
-    def begin(self, step: int) -> None:
-        """Set the learning rates of optimizer step `step`, counted from 0."""
+    def begin(self, step: int, factor: float = 1.0) -> None:
+        """Set the learning rates of optimizer step `step`, counted from 0, times `factor`."""
         self._waiting = self.schedule.waiting(step)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.schedule.rate(group["name"], step)
+            group["lr"] = factor * self.schedule.rate(group["name"], step)
         self._put_moments_back = self.partition.moments_of(self._waiting)
         self.grad_norm, self.group_norms = math.nan, {}
 

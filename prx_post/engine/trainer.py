@@ -185,8 +185,9 @@ class Trainer:
 
     def _train_step(self) -> None:
         window, stepper = self._window, self.stepper
-        stepper.begin(self.step)
-        window.learning_rate = stepper.schedule.rate(POLICY, self.step)
+        factor = self._unwrapped.learning_rate_factor
+        stepper.begin(self.step, factor)
+        window.learning_rate = factor * stepper.schedule.rate(POLICY, self.step)
         seen: list[Batch] = []
         losses: list[Tensor] = []
         for batch in self._fetched():

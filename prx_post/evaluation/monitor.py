@@ -71,7 +71,7 @@ class Judges:
         if not config.eval_steps:
             return cls([], {})
         prompts = _read_prompts(config) if config.eval_prompts_file else []
-        rewards = {spec.label: spec.load() for spec in parse_specs(config.eval_rewards)}
+        rewards = {spec.label: spec.load() for spec in parse_specs(config.evaluated_rewards)}
         for reward in rewards.values():
             reward.check(prompts)
         if config.eval_encoder:

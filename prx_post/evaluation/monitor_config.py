@@ -69,6 +69,11 @@ class MonitorConfig(TrainConfig):
         if self.load_best_model_at_end or self.early_stopping_patience:
             require_one_of("metric_for_best_model", str(self.metric_for_best_model), self.known_metrics(specs))
 
+    @property
+    def evaluated_rewards(self) -> list[str]:
+        """What images of evaluations are scored by."""
+        return self.eval_rewards
+
     def known_metrics(self, specs: list) -> list[str]:
         """What `metric_for_best_model` may be."""
         labels = [spec.label for spec in specs]

@@ -53,6 +53,7 @@ def check(args: Sequence[str]) -> tuple[Planner, PlanConfig]:
     if parallel.zero_stage:
         require_whole_matrices(config.optim)
         config.check_zero(parallel.zero_stage, parallel.offload)
+    config.settle(parallel.num_processes)
     return Planner(name, configs, parallel), plan
 
 

@@ -35,6 +35,13 @@ class FunctionReward:
             )
         self._accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._accepted = set(parameters) - {"prompts", "completions", "images"}
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        self.required_columns = frozenset(
+            name
+            for name in self._accepted
+            if parameters[name].kind in named and parameters[name].default is inspect.Parameter.empty
+        )
+        """Columns that it cannot do without."""
 
     def check(self, prompts: Sequence[str]) -> None:
         """Nothing is known of what the function can score."""

@@ -27,6 +27,7 @@ REGISTRY = {
     "ocr": Entry("prx_post.rewards.scorers.ocr", "similarity"),
     "ocr_exact": Entry("prx_post.rewards.scorers.ocr", "exact_match"),
     "ocr_graded": Entry("prx_post.rewards.scorers.ocr", "graded"),
+    "ocr_probability": Entry("prx_post.rewards.scorers.ocr", "probability"),
     "judge_exact": Entry("prx_post.rewards.scorers.number_judge", "exact_match"),
     "judge_graded": Entry("prx_post.rewards.scorers.number_judge", "graded"),
     "jpeg_compressibility": Entry("prx_post.rewards.scorers.jpeg", "JPEGCompressibility"),

@@ -76,6 +76,7 @@ REGISTRY: dict[str, Entry] = {
     "sft": _own("sft", "supervised fine-tuning: full or LoRA, flow matching"),
     "distill": _own("distill", "few-step students: trajectory regression, LADD, DMD2"),
     "dpo": _own("dpo", "preference optimisation from pairs of images: DPO, IPO, hinge; full or LoRA"),
+    "grpo": _own("grpo", "online alignment: Flow-GRPO, Pref-GRPO, DiffusionNFT, DGPO, AWM; full or LoRA"),
 }
 
 

@@ -1,5 +1,6 @@
 """Reading text from CTC output (Graves et al. 2006), shared by the OCR reward and the embedded judge."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,3 +44,8 @@ def log_prob(log_probs: Tensor, text: str, alphabet: Sequence[str]) -> float:
         log_probs[:, None], targets, lengths, torch.tensor([len(text)]), reduction="none", zero_infinity=False
     )
     return max(-float(nll) / len(text), LOG_FLOOR)
+
+
+def probability(log_probs: Tensor, text: str, alphabet: Sequence[str]) -> float:
+    """exp of `log_prob`: the geometric mean of the characters' probabilities."""
+    return math.exp(log_prob(log_probs, text, alphabet))

@@ -138,3 +138,11 @@ def exact_match() -> OCRReward:
 def graded() -> OCRReward:
     """Per-character log-probability of the text asked for (natural log, at most 0)."""
     return OCRReward(ctc.log_prob)
+
+
+def probability() -> OCRReward:
+    """Per-character probability of the text asked for, the exponential of `graded`: between 0 and 1.
+
+    For optimisation: an illegible image, whose log-probability is far below, does not outweigh the rest of its group.
+    """
+    return OCRReward(ctc.probability)

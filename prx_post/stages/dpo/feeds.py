@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from prx_post.data.cache import content_key
 from prx_post.data.config import DataConfig
-from prx_post.data.encoding import EncodedCache, Sample, encode_prompts, prepare
+from prx_post.data.encoding import EncodedCache, prepare
 from prx_post.data.labels import LabelledSource, read_labelled
 from prx_post.data.pairs import Pair, PairSource, RefErrors, prepare_pairs, read_pairs
 from prx_post.data.plan import DrawPlan
@@ -23,8 +21,9 @@ from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.stages.base import Encoded
 from prx_post.stages.dpo.objective import ComparedWithReference, LabelObjective, PairObjective
 from prx_post.stages.dpo.online import OnlinePairs
-from prx_post.stages.dpo.ranking import Ranker, read_prompts
+from prx_post.stages.dpo.ranking import Ranker
 from prx_post.stages.dpo.references import ReferenceErrors
+from prx_post.stages.prompted import encode_prompt_set, read_prompts
 
 
 class Feed(Protocol):
@@ -145,26 +144,16 @@ class OnlineFeed:
 
     def __init__(self, stage: Any, judge: VisionJudgeConfig, planned: bool) -> None:
         self.stage, self.config = stage, stage.config
-        self.prompts = [] if planned else read_prompts(self.config.prompts_file, stage.cleaner)
+        rows = [] if planned else read_prompts(self.config.prompts_file, stage.cleaner)
+        self.prompts = [row["prompt"] for row in rows]
         self.ranker = None if planned else Ranker.open(self.config, judge)
         if self.ranker is not None:
             self.ranker.check(self.prompts)
 
     def data(self, run: Run) -> Encoded:
         """Samples are the prompts."""
-        stage, encoders = self.stage, self.stage.encoders(run)
-
-        def open_cache() -> EncodedCache:
-            return EncodedCache.open(stage.cache_dir, encoders.pipeline, encoders.text_dtype)
-
-        cache = encode_prompts(open_cache, [*self.prompts, *stage.shown_prompts()], encoders, run.ranks)
-        encoders.free()
-        keys = [content_key(encoders.cleaner(text)) for text in self.prompts]
-        size = stage.largest_size
-        samples = [Sample(i, self.prompts[i], size, key, key) for i, key in enumerate(keys)]
-        name, ranker = Path(self.config.prompts_file).name, self.config.reward or "a judge"
-        described = f"its own images of the {len(samples)} prompts of {name}, ranked by {ranker}"
-        return Encoded(samples, None, cache, encoders, lambda sample: f"{name}:{sample.row + 1}", described)
+        purpose = f"ranked by {self.config.reward or 'a judge'}"
+        return encode_prompt_set(self.stage, run, self.prompts, self.config.prompts_file, purpose)
 
     def source(self, run: Run, data: Encoded, policy: Any) -> OnlinePairs:
         stage, config = self.stage, self.config

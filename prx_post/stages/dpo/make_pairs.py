@@ -44,7 +44,8 @@ from prx_post.model.sampler import Sampler, build_sampler, default_device, gener
 from prx_post.model.text import PromptCleaner
 from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.stages.dpo.config import RankingConfig
-from prx_post.stages.dpo.ranking import Ranker, couples, noise_seeds, read_prompts
+from prx_post.stages.dpo.ranking import Ranker, couples
+from prx_post.stages.prompted import noise_seeds, read_prompts
 
 MARK = "pairs.json"
 
@@ -104,7 +105,7 @@ def make_pairs(config: MakePairsConfig, judge_config: VisionJudgeConfig) -> Path
     pipeline = open_pipeline(str(config.model_name_or_path), config.model_revision)
     size = pipeline.resolve_size(config.height, config.width)
     cleaner = PromptCleaner(config.skip_text_cleaning)
-    prompts = read_prompts(str(config.prompts_file), cleaner, config.num_prompts)
+    prompts = [row["prompt"] for row in read_prompts(str(config.prompts_file), cleaner, config.num_prompts)]
     ranker = Ranker.open(config, judge_config)
     ranker.check(prompts)
     folder = Path(str(config.output_dir)).expanduser()

@@ -27,7 +27,8 @@ from prx_post.model.codec import to_images
 from prx_post.model.sampler import Sampler
 from prx_post.stages.base import Encoded
 from prx_post.stages.dpo.config import DPOConfig
-from prx_post.stages.dpo.ranking import Ranker, couples, noise_seeds
+from prx_post.stages.dpo.ranking import Ranker, couples
+from prx_post.stages.prompted import noise_seeds
 
 ROUND = 7
 """Key of the rounds' random streams."""

@@ -7,14 +7,8 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from prx_post.base.errors import PrxPostError
-from prx_post.base.files import existing_file
-from prx_post.data.cache import content_key
-from prx_post.data.plan import stream
-from prx_post.data.prompts import read_prompt_file
-from prx_post.evaluation.jobs import spread_over_groups
 from prx_post.model.sampler import default_device
-from prx_post.model.text import PromptCleaner
+from prx_post.objectives.grpo import pairwise_win_rates
 from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.rewards.judges.pairwise import PairwiseJudge, compare_groups
 from prx_post.rewards.judges.vision_judge import VisionJudge
@@ -53,7 +47,7 @@ class Ranker:
         """[P, G] fp32. Win rates are means over the group's other images."""
         size = len(groups[0])
         if self.reward is None:
-            return (compare_groups(self._judge, prompts, groups).sum(2) - 0.5) / (size - 1)
+            return pairwise_win_rates(compare_groups(self._judge, prompts, groups))
         images, repeated = list(itertools.chain(*groups)), [prompt for prompt in prompts for _ in range(size)]
         return checked(self.reward(images, repeated), "that ranks", len(images)).view(len(prompts), size)
 
@@ -63,31 +57,3 @@ def couples(scores: Sequence[float], pairs_per_prompt: str, min_gap: float) -> l
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     chosen = [(order[0], order[-1])] if pairs_per_prompt == "best_worst" else itertools.combinations(order, 2)
     return [(better, worse) for better, worse in chosen if scores[better] - scores[worse] > min_gap]
-
-
-def noise_seeds(seed: int, prompt: str, count: int) -> list[int]:
-    """Of a prompt's images: 31 bits each, as `prx-post generate` takes them."""
-    key = int(content_key(prompt)[:8], 16)
-    return [stream(seed, key, k) >> 1 for k in range(count)]
-
-
-def read_prompts(file: str, cleaner: PromptCleaner, count: int | None = None) -> list[str]:
-    """Each once; `count` of them, spread evenly over the file.
-
-    Raises:
-        PrxPostError: the file is missing or has none, or cleaning leaves nothing of one.
-    """
-    path = existing_file("prompts_file", file)
-    rows = list({row["prompt"]: row for row in read_prompt_file(path)}.values())
-    if count is not None:
-        rows = [rows[i] for i in spread_over_groups(rows, count)]
-    prompts = [row["prompt"] for row in rows]
-    for prompt in prompts:
-        if not cleaner(prompt):
-            raise PrxPostError(
-                f"{path} has the prompt {prompt!r}, of which prompt cleaning leaves nothing. Remove it, or set "
-                f"skip_text_cleaning: true."
-            )
-    if not prompts:
-        raise PrxPostError(f"prompts_file is {file!r}, which has no prompts. Choose another file.")
-    return prompts

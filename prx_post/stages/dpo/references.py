@@ -18,9 +18,10 @@ from prx_post.engine.protocols import Reference, to_device
 from prx_post.engine.run import Run
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.config import ModelConfig
-from prx_post.model.frozen import AdapterOff, EarlierSelf, FrozenCopy, SlowAverage
+from prx_post.model.frozen import FrozenCopy
 from prx_post.stages.dpo.config import DPOConfig
 from prx_post.stages.dpo.objective import pair_errors
+from prx_post.stages.references import earlier_policy
 
 
 def build_reference(
@@ -34,14 +35,8 @@ def build_reference(
     """
     if config.reference_free or config.precompute_ref_errors:
         return None
-    is_other = config.ref_model_name_or_path is not None
-    if model.use_peft and not is_other:
-        is_synced = config.sync_ref_model and not run.is_planned  # a plan has no weights to remember
-        return EarlierSelf(policy, run.device) if is_synced else AdapterOff(policy)
-    network = run.transformer(pipeline, dtype)
-    if config.sync_ref_model:
-        return SlowAverage(run.place(network))
-    return FrozenCopy(run.frozen(network))
+    is_adapter = model.use_peft and config.ref_model_name_or_path is None
+    return earlier_policy(run, pipeline, policy, is_adapter=is_adapter, follows=config.sync_ref_model, dtype=dtype)
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Online alignment: groups of the policy's own images, rewarded, and learnt from."""

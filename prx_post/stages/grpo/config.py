@@ -1,0 +1,416 @@
+"""Settings of `prx-post grpo`. Imports nothing heavy. Names are TRL's wherever one exists."""
+
+import math
+from dataclasses import dataclass
+
+from prx_post.base.settings import doc, require, require_one_of
+from prx_post.data.config import PromptConfig, TimestepConfig
+from prx_post.evaluation.monitor_config import WINS, MonitorConfig
+from prx_post.model.config import GUIDANCE, ModelConfig
+from prx_post.rewards.judges.config import VisionJudgeConfig
+from prx_post.rewards.registry import RewardSpec, parse_specs
+
+POLICY_GRADIENT = ("grpo", "pref_grpo")
+FORWARD = ("nft", "dgpo", "awm")
+METHODS = (*POLICY_GRADIENT, *FORWARD)
+ODE = "ode"
+NOISE_LEVELS = {"sde": 0.7, "cps": 0.8, "dance": 0.3, "renoise": None}
+"""Stochastic samplers and the noise levels that their authors use."""
+WINDOW_SIZES = {"all": None, "fast": 2, "mix": 4, "subset": 2}
+WIN_RATE = "win_rate"
+"""What the pairwise judge's reward is called."""
+
+
+@dataclass
+class RolloutConfig:
+    """Groups of images that the policy generates, and how often it is trained on them."""
+
+    num_generations: int = doc("Images per prompt: the group that advantages are relative to.", 8, at_least=2)
+    prompts_per_rollout: int = doc("Prompts of a rollout, on all processes.", 16, above=0, resume="fixed")
+    steps_per_generation: int = doc(
+        "Optimizer steps in which a rollout is gone through once, each on as many of its groups.",
+        1,
+        above=0,
+        resume="fixed",
+    )
+    num_iterations: int = doc("Times that each rollout is gone through.", 1, above=0, resume="fixed")
+    rollout_sampler: str | None = doc(
+        "`sde` (Flow-GRPO), `cps`, `dance` or `renoise`, whose steps are random; or `ode`, for nft, dgpo and awm, "
+        "which train no step. null: cps, or ode.",
+        None,
+        one_of=(*NOISE_LEVELS, ODE),
+        resume="fixed",
+    )
+    noise_level: float | None = doc(
+        "How random its steps are; null: as their authors have it (sde 0.7, cps 0.8, dance 0.3).", None, above=0
+    )
+    window: str = doc(
+        "Which steps are random and trained. `all` but the last; `fast`: a few, before which a group is one image; "
+        "`mix`: a few next to each other, which move on every window_rollouts; `subset`: a few, at the others a group "
+        "has the same noise.",
+        "all",
+        one_of=tuple(WINDOW_SIZES),
+        resume="fixed",
+    )
+    window_size: int | None = doc("How many are a few; null: fast 2, mix 4, subset 2.", None, above=0, resume="fixed")
+    window_rollouts: int = doc("Rollouts after which a `mix` window moves on by a step.", 25, above=0)
+    rollout_num_inference_steps: int | None = doc(
+        "Sampler steps of rollouts; null: num_inference_steps.", None, above=0, resume="fixed"
+    )
+    rollout_guidance_scale: float = doc(
+        "Guidance of rollouts, and of the policy that is trained; at 1 it learns to need none.",
+        1.0,
+        **GUIDANCE,
+        resume="fixed",
+    )
+    rollout_height: int | None = doc("Height of rollouts, pixels; null: height.", None, above=0, resume="fixed")
+    rollout_width: int | None = doc("Width of rollouts, pixels; null: width.", None, above=0, resume="fixed")
+    rollout_batch_size: int | None = doc(
+        "Images that each process generates at a time; null: per_device_train_batch_size, with which the first ratio "
+        "is exactly 1.",
+        None,
+        above=0,
+        resume="free",
+    )
+    shift_terminal: float | None = doc(
+        "Last noise level before 0 of the emitted scheduler's grid, which rollouts follow; null: as it is.", None
+    )
+    async_rewards: str = doc(
+        "`batch`: score images while the next are generated; `rollout`: while the policy is trained on the rollout "
+        "before, so that it is a rollout ahead of what generated the images; `off`: wait for every score.",
+        "batch",
+        one_of=("off", "batch", "rollout"),
+        resume="fixed",
+    )
+
+
+@dataclass
+class RewardConfig:
+    """What images are rewarded for."""
+
+    reward_funcs: list[str] = doc("Rewards, as in `eval`; each image is scored by every one.", [])
+    reward_weights: list[float] | None = doc("Of each of reward_funcs; null: 1 each.", None)
+    pairwise_reward: str | None = doc(
+        "pref_grpo: reward by whose score the images of a group are compared; null: the model at judge_url compares.",
+        None,
+    )
+    pairwise_temperature: float = doc(
+        "Of that comparison, in the reward's units: an image wins with the sigmoid of difference / temperature; 0: "
+        "with certainty.",
+        1.0,
+        at_least=0,
+    )
+    pairwise_weight: float = doc("pref_grpo: weight of the win rates among reward_weights.", 1.0, above=0)
+    scale_rewards: str = doc(
+        "Standard deviation that advantages are divided by: of the `batch`, of each `group`, or `none`.",
+        "batch",
+        one_of=("batch", "group", "none"),
+    )
+    advantage_clip: float = doc("Advantages are clipped to ± this.", 5.0, above=0)
+    reward_timeout_s: float = doc("Seconds that a batch of scores is waited for.", 1800.0, above=0, resume="free")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of every reward, by the label that it goes by in the logs."""
+        labels = [spec.label for spec in parse_specs(self.reward_funcs)]
+        return dict(zip(labels, self.reward_weights or [1.0] * len(labels), strict=True))
+
+    def check_rewards(self) -> None:
+        """Raise ConfigError for a reward that there is not, or weights of another number."""
+        labels = [spec.label for spec in parse_specs(self.reward_funcs)]
+        given = self.reward_weights
+        reason, action = "each reward has one", "Give as many, or leave it out"
+        ok = given is None or len(given) == len(labels)
+        require(ok, "reward_weights", given, f"{len(labels)} numbers", reason, action)
+        reason, action = "all would be added as nothing", "Correct it"
+        require(given is None or all(w != 0 for w in given), "reward_weights", given, "other than 0", reason, action)
+        reason, action = "win rates go by it", "Write another label before the reward, as in label=..."
+        require(WIN_RATE not in labels, "reward_funcs", self.reward_funcs, f"without {WIN_RATE}", reason, action)
+        if self.pairwise_reward is not None:
+            RewardSpec.parse(self.pairwise_reward)
+
+
+@dataclass
+class MethodConfig:
+    """How the policy learns from them."""
+
+    method: str = doc(
+        "`grpo`, `pref_grpo` (grpo on win rates within the group): policy gradients through the sampler's steps. "
+        "`dgpo`, `nft`, `awm`: on the images themselves, noised anew.",
+        "dgpo",
+        one_of=METHODS,
+        resume="fixed",
+    )
+    epsilon: float = doc(
+        "Clip range of the ratio to the policy that sampled (dgpo, awm: to the lagged policy).", 1e-3, above=0
+    )
+    beta: float = doc(
+        "Weight of the divergence from the reference: the steps' KL; nft, dgpo, awm: squared difference of velocities.",
+        0.0,
+        at_least=0,
+    )
+    sync_ref_model: bool = doc("The policy becomes the reference every ref_model_sync_steps.", False, resume="fixed")
+    ref_model_sync_steps: int = doc("Optimizer steps between two such times.", 512, above=0)
+    normalise_ratio: bool = doc("GRPO-Guard: one spread of ln ratio at all steps, and losses divided by -dt.", False)
+    max_divergence: float | None = doc(
+        "DPPO: instead of the clip, no gradient where a step's KL from the policy that sampled is above this and the "
+        "update leads further away; about 1e-6. null: the clip.",
+        None,
+        above=0,
+    )
+    noises_per_image: int = doc("Timesteps and noises at which each image is trained a time.", 1, above=0)
+    old_policy_decay: float | None = doc(
+        "Of the lagged policy of nft, dgpo and awm, per rollout; null: dgpo 0.5, nft up to 0.5, awm up to 0.3.",
+        None,
+        at_least=0,
+        below=1,
+    )
+    nft_beta: float = doc("How far nft's positive and negative policy reach; 1: to the policy itself.", 1.0, above=0)
+    dgpo_beta: float = doc("How soon a group that was learnt counts less: 10 to 100 or, synced, 2000.", 100.0, above=0)
+    awm_power: float | None = doc("awm: errors to this power, which evens them out over t; null: as they are.", None)
+
+    @property
+    def is_policy_gradient(self) -> bool:
+        return self.method in POLICY_GRADIENT
+
+    @property
+    def has_old_policy(self) -> bool:
+        """Whether a lagged policy is held."""
+        return self.method in FORWARD
+
+    def decay_of(self, rollout: int) -> float:
+        """Of the lagged policy, after rollout `rollout`, counted from 0."""
+        if self.old_policy_decay is not None:
+            return self.old_policy_decay
+        return {"dgpo": 0.5, "nft": min(0.001 * rollout, 0.5), "awm": min(0.001 * rollout, 0.3)}[self.method]
+
+
+@dataclass
+class GuardConfig:
+    """What happens when the reward that is optimised rises while held-out judgement falls."""
+
+    guard: str = doc(
+        "`stop`, `lower_lr`, `regularize` (GARDO), `warn`; or `off`, which needs no evaluations.",
+        "warn",
+        one_of=("stop", "lower_lr", "regularize", "warn", "off"),
+    )
+    guard_patience: int = doc("Evaluations in a row in which that happens before the guard acts.", 2, above=0)
+    guard_lr_factor: float = doc(
+        "lower_lr: what the learning rate is multiplied by.", 0.3, above=0, below=1, action="Set it to 0.3"
+    )
+    guard_rewards: list[str] = doc(
+        "regularize: light rewards by which images are ranked besides; one that the optimised reward ranks far higher "
+        "is suspicious.",
+        [],
+    )
+    guard_beta: float = doc("regularize: weight of the divergence from the reference on these images.", 0.1, above=0)
+    guard_fraction: float = doc("regularize: most images of a rollout that count so.", 0.1, between=(0, 1))
+    guard_sync_rollouts: int = doc("regularize: rollouts after which the policy becomes the reference.", 15, above=0)
+    guard_max_divergence: float | None = doc("regularize: or as soon as the divergence is above this.", None, above=0)
+    guard_encoder: str | None = doc(
+        "regularize: encoder of features by whose distance from the group's others good images are weighted; null: "
+        "they are not.",
+        None,
+    )
+
+
+@dataclass
+class GRPOConfig(TimestepConfig, RolloutConfig, RewardConfig, MethodConfig, GuardConfig, MonitorConfig):
+    """Online alignment, on top of the training loop's settings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_rewards()
+        self._check_method()
+        self._check_window()
+        self._check_guard()
+        reason, action = "the forward process has no steps to train", "Leave it out, or choose another method"
+        if self.shift_terminal is not None:
+            ok, rule = 0 < self.shift_terminal < 1, "between 0 and 1"
+            require(ok, "shift_terminal", self.shift_terminal, rule, "it is a noise level", "Set it to 0.3")
+        ok = (self.rollout_height is None) == (self.rollout_width is None)
+        reason, action = f"rollout_width is {self.rollout_width!r}", "Set both, or neither"
+        require(ok, "rollout_height", self.rollout_height, "set together with rollout_width", reason, action)
+        self._check_groups()
+
+    @property
+    def sampler_name(self) -> str:
+        return self.rollout_sampler or ("cps" if self.is_policy_gradient else ODE)
+
+    @property
+    def sampler_noise(self) -> float:
+        """0 where the sampler has none to set."""
+        usual = NOISE_LEVELS.get(self.sampler_name) or 0.0
+        return usual if self.noise_level is None else self.noise_level
+
+    @property
+    def rollout_steps(self) -> int:
+        return self.rollout_num_inference_steps or self.num_inference_steps
+
+    @property
+    def trained_steps(self) -> int:
+        """Of a trajectory, in one pass."""
+        size = self.window_size or WINDOW_SIZES[self.window]
+        return self.rollout_steps - 1 if size is None else size
+
+    @property
+    def rows_per_image(self) -> int:
+        """How often the policy is asked about an image in one pass over a rollout."""
+        return self.trained_steps if self.is_policy_gradient else self.noises_per_image
+
+    @property
+    def images_per_rollout(self) -> int:
+        return self.prompts_per_rollout * self.num_generations
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps."""
+        return self.steps_per_generation * self.num_iterations
+
+    def settle(self, world_size: int) -> None:
+        """Accumulate as many micro-batches as an optimizer step has. Raises ConfigError if that is no number."""
+        groups, size = self.prompts_per_rollout // self.steps_per_generation, self.per_device_train_batch_size
+        reason = f"each of {world_size} process(es) trains whole groups in each of {self.steps_per_generation} steps"
+        rule = f"a multiple of {self.steps_per_generation * world_size}"
+        ok = self.prompts_per_rollout % (self.steps_per_generation * world_size) == 0
+        action = f"Set it to {math.ceil(groups / world_size) * world_size * self.steps_per_generation}"
+        require(ok, "prompts_per_rollout", self.prompts_per_rollout, rule, reason, action)
+        images = groups // world_size * self.num_generations
+        reason = f"a process trains {images} images in an optimizer step"
+        require(images % size == 0, "per_device_train_batch_size", size, f"a divisor of {images}", reason, "Change it")
+        if self.method == "dgpo":
+            whole, reason = self.num_generations, "dgpo compares the images of a group"
+            rule = f"a multiple of num_generations, {whole}"
+            require(size % whole == 0, "per_device_train_batch_size", size, rule, reason, f"Set it to {whole}")
+        derived = images // size * self.rows_per_image
+        given, reason = self.gradient_accumulation_steps, "it follows from prompts_per_rollout"
+        require(
+            given in (1, derived), "gradient_accumulation_steps", given, f"left out, or {derived}", reason, "Remove it"
+        )
+        self.gradient_accumulation_steps = derived
+
+    def check_zero(self, stage: int, offload: bool) -> None:
+        """Nothing is refused here; see `check_together`."""
+
+    def _check_method(self) -> None:
+        is_forward, name = not self.is_policy_gradient, self.method
+        reason, action = f"method is {name!r}, which does not use it", "Leave it out"
+        only_for_steps = {"normalise_ratio": False, "max_divergence": None, "window": "all", "window_size": None}
+        only_for_images = {"noises_per_image": 1, "old_policy_decay": None}
+        own: dict[str, tuple[str, object]] = {
+            "nft": ("nft_beta", 1.0),
+            "dgpo": ("dgpo_beta", 100.0),
+            "awm": ("awm_power", None),
+        }
+        unused: dict[str, object] = {**(only_for_steps if is_forward else only_for_images)}
+        unused |= {field: default for method, (field, default) in own.items() if method != name}
+        for field, default in unused.items():
+            value = getattr(self, field)
+            require(value == default, field, value, f"{default!r}", reason, action)
+        reason, action = "policy gradients need random steps", "Choose sde, cps, dance or renoise"
+        ok = is_forward or self.sampler_name != ODE
+        require(ok, "rollout_sampler", self.rollout_sampler, "one whose steps are random", reason, action)
+        if self.noise_level is not None:
+            reason, action = f"rollout_sampler is {self.sampler_name!r}", "Leave it out"
+            ok = NOISE_LEVELS.get(self.sampler_name) is not None
+            require(ok, "noise_level", self.noise_level, "null", reason, action)
+        if self.sampler_name == "cps" and self.noise_level is not None:
+            reason, action = "at 1 nothing of the old noise is kept", "Choose renoise for that"
+            require(self.noise_level < 1, "noise_level", self.noise_level, "below 1 for cps", reason, action)
+        if self.awm_power is not None:
+            ok, rule, reason = 0 < self.awm_power < 1, "between 0 and 1", "it flattens large errors"
+            require(ok, "awm_power", self.awm_power, rule, reason, "Set it to 0.25")
+        ok, reason = not (self.normalise_ratio and self.max_divergence), "each is a trust region of its own"
+        require(ok, "max_divergence", self.max_divergence, "null with normalise_ratio", reason, "Set one of them")
+        is_synced, reason = self.sync_ref_model, "beta is 0 and there is no reference to sync"
+        ok = not is_synced or self.beta > 0 or name == "dgpo"
+        require(ok, "sync_ref_model", is_synced, "false", reason, "Set beta, or leave it out")
+        pairwise, reason = self.pairwise_reward is not None, f"method is {name!r}"
+        ok = name == "pref_grpo" or not pairwise
+        require(ok, "pairwise_reward", self.pairwise_reward, "null", reason, "Set method: pref_grpo, or reward_funcs")
+        ok, reason = name == "pref_grpo" or bool(self.reward_funcs), "images are rewarded by something"
+        require(ok, "reward_funcs", self.reward_funcs, "one reward or more", reason, "Name a reward, such as hpsv2")
+
+    def _check_window(self) -> None:
+        steps, random = self.rollout_steps, self.rollout_steps - 1
+        name = "num_inference_steps" if self.rollout_num_inference_steps is None else "rollout_num_inference_steps"
+        if not self.is_policy_gradient:
+            return
+        reason, action = "the last step is not random, and one before it must be", "Raise it"
+        require(steps > 1, name, steps, "2 or more", reason, action)
+        if self.window == "all":
+            reason = "window is 'all'"
+            ok = self.window_size is None
+            require(ok, "window_size", self.window_size, "null", reason, "Choose fast, mix or subset, or leave it out")
+            return
+        reason = f"of {steps} rollout steps the last is not random"
+        rule, action = f"at most {random}", f"Lower it, or raise {name}"
+        require(self.trained_steps <= random, "window_size", self.trained_steps, rule, reason, action)
+
+    def _check_groups(self) -> None:
+        """What can be known without the number of processes."""
+        reason = "each of a rollout's optimizer steps trains as many whole groups"
+        rule, action = f"a multiple of steps_per_generation, {self.steps_per_generation}", "Change one of them"
+        ok = self.prompts_per_rollout % self.steps_per_generation == 0
+        require(ok, "prompts_per_rollout", self.prompts_per_rollout, rule, reason, action)
+
+    def _check_guard(self) -> None:
+        if self.guard != "regularize":
+            reason, action = f"guard is {self.guard!r}", "Leave it out, or set guard: regularize"
+            for field, default in (("guard_rewards", []), ("guard_encoder", None), ("guard_max_divergence", None)):
+                require(getattr(self, field) == default, field, getattr(self, field), "left out", reason, action)
+        if self.guard == "off":
+            return
+        reason = "the guard compares held-out images with the rewards"
+        action = "Set it, with eval_prompts_file and eval_rewards, or set guard: off"
+        require(self.eval_steps > 0, "eval_steps", self.eval_steps, "above 0", reason, action)
+        metric, specs = self.metric_for_best_model, parse_specs(self.eval_rewards)
+        require_one_of("metric_for_best_model", str(metric), self.known_metrics(specs))
+        optimised = {RewardSpec.parse(text).target for text in self.optimised}
+        held_out = {spec.label: spec.target for spec in specs}.get(str(metric).removesuffix(WINS))
+        reason, action = "the guard needs a judgement that is not optimised", "Name another, or set guard: off"
+        ok = held_out not in optimised
+        require(ok, "metric_for_best_model", metric, "none of the rewards that are optimised", reason, action)
+        if self.guard == "regularize":
+            reason, action = "suspicious is what others rank lower", "Name one or two light rewards"
+            require(bool(self.guard_rewards), "guard_rewards", self.guard_rewards, "set", reason, action)
+            parse_specs(self.guard_rewards)
+
+    @property
+    def optimised(self) -> list[str]:
+        """Every pointwise reward that the policy is trained to raise."""
+        return [*self.reward_funcs, *([self.pairwise_reward] if self.pairwise_reward else [])]
+
+    @property
+    def proxy_weights(self) -> dict[str, float]:
+        """Of the optimised rewards, by the labels that they have in evaluations."""
+        pairwise = {RewardSpec.parse(self.pairwise_reward).label: self.pairwise_weight} if self.pairwise_reward else {}
+        return {**self.weights, **pairwise}
+
+    @property
+    def evaluated_rewards(self) -> list[str]:
+        """With the guard what is optimised is evaluated too, on the same images as what is not."""
+        if self.guard == "off":
+            return self.eval_rewards
+        known = {spec.label for spec in parse_specs(self.eval_rewards)}
+        return [*self.eval_rewards, *(text for text in self.optimised if RewardSpec.parse(text).label not in known)]
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0 or self.method == "dgpo" or self.guard == "regularize"
+
+
+def check_together(model: ModelConfig, judge: VisionJudgeConfig, config: GRPOConfig) -> None:
+    """Raise ConfigError for settings of several groups that contradict each other."""
+    reason = "rollout and update must be of one policy, whose first ratio is 1"
+    require(not (model.use_peft and model.lora_dropout), "lora_dropout", model.lora_dropout, "0", reason, "Set it")
+    is_judged = config.method == "pref_grpo" and config.pairwise_reward is None
+    if is_judged:
+        reason, action = "pref_grpo compares images", "Set it and judge_model, or pairwise_reward"
+        require(judge.judge_url is not None, "judge_url", judge.judge_url, "set", reason, action)
+    else:
+        reason, action = "no judge is asked", "Remove it, or set method: pref_grpo without pairwise_reward"
+        require(judge.judge_url is None, "judge_url", judge.judge_url, "left out", reason, action)
+
+
+CONFIGS = (ModelConfig, PromptConfig, VisionJudgeConfig, GRPOConfig)

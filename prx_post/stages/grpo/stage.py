@@ -1,0 +1,150 @@
+"""Online alignment of a PRX transformer, of all weights or a LoRA adapter."""
+
+import dataclasses
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+
+from prx_post.base.errors import ConfigError
+from prx_post.data.buckets import Size
+from prx_post.data.config import PromptConfig
+from prx_post.data.encoding import EncodedCache
+from prx_post.engine.protocols import Batch, Monitor, Objective
+from prx_post.engine.run import Run
+from prx_post.flow import inference_sigmas
+from prx_post.model.config import ModelConfig
+from prx_post.model.scheduler import rescheduled
+from prx_post.rewards.judges.config import VisionJudgeConfig
+from prx_post.stages.base import Encoded, PipelineStage
+from prx_post.stages.grpo.config import CONFIGS, GRPOConfig, check_together
+from prx_post.stages.grpo.guard import Guard
+from prx_post.stages.grpo.monitor import GuardedMonitor
+from prx_post.stages.grpo.objective import ForwardProcess, OnlineObjective, PolicyGradient
+from prx_post.stages.grpo.rollout import Rollouts
+from prx_post.stages.grpo.scoring import Scorer
+from prx_post.stages.grpo.trajectories import transition_of
+from prx_post.stages.prompted import encode_prompt_set, read_prompts
+from prx_post.stages.references import earlier_policy
+
+
+class GRPO(PipelineStage):
+    name, configs = "grpo", CONFIGS
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        data: PromptConfig,
+        judge: VisionJudgeConfig,
+        config: GRPOConfig,
+        *,
+        planned: bool = False,
+    ) -> None:
+        check_together(model, judge, config)
+        super().__init__(model, config, data.skip_text_cleaning, data.cache_dir, data.fixed_size, planned)
+        self.prompts_file, self.guard = str(data.prompts_file), Guard()
+        self.rollout_size = self._rollout_size()
+        self.sigmas = self._grid()
+        self.rows = [] if planned else read_prompts(self.prompts_file, self.cleaner)
+        self.scorer = None if planned else Scorer.open(config, judge, self.rows)
+
+    def _rollout_size(self) -> Size:
+        config = self.config
+        if config.rollout_height is None:
+            return self.pipeline.resolve_size(*(self.size or (None, None)))
+        return self.pipeline.resolve_size(config.rollout_height, config.rollout_width)
+
+    @cached_property
+    def scheduler(self) -> Any:
+        scheduler = self.pipeline.load_scheduler()
+        last = self.config.shift_terminal
+        return scheduler if last is None else rescheduled(scheduler, shift_terminal=last)
+
+    def _grid(self) -> torch.Tensor:
+        """Noise levels of rollouts, [N + 1]."""
+        steps = self.config.rollout_steps
+        try:
+            return inference_sigmas(self.scheduler, steps)
+        except ValueError as error:
+            raise ConfigError(
+                f"rollouts of {steps} steps cannot be sampled with shift_terminal {self.config.shift_terminal}: "
+                f"{error}. Change one of them."
+            ) from error
+
+    @property
+    def largest_size(self) -> Size:
+        return self.rollout_size
+
+    def data(self, run: Run) -> Encoded:
+        config = self.config
+        rewards = ", ".join([*config.reward_funcs, *(["a judge"] if config.method == "pref_grpo" else [])])
+        prompts = [row["prompt"] for row in self.rows]
+        data = encode_prompt_set(self, run, prompts, self.prompts_file, f"rewarded by {rewards}")
+        assert self.scorer is not None
+        return dataclasses.replace(data, told=self.scorer.identity)
+
+    def objective(self, run: Run, data: Any) -> OnlineObjective:
+        config, policy = self.config, self.policy(run)
+        hold = partial(earlier_policy, run, self.pipeline, policy, is_adapter=self.model.use_peft)
+        follows = config.sync_ref_model or config.guard == "regularize"
+        reference = hold(follows=follows, dtype=self.text_dtype()) if config.needs_reference else None
+        # in the policy's own precision, so that their first difference is nothing
+        old = hold(follows=True, dtype=torch.float32) if config.has_old_policy else None
+        kind = PolicyGradient if config.is_policy_gradient else ForwardProcess
+        average = None if run.is_planned else partial(run.accelerator.reduce, reduction="mean")
+        return kind(
+            policy,
+            config,
+            self.guard,
+            transition=transition_of(config.sampler_name, config.sampler_noise, self.sigmas),
+            reference=reference,
+            old=old,
+            average=average,
+        )
+
+    def source(self, run: Run, data: Encoded, objective: Any) -> Rollouts:
+        assert self.scorer is not None
+        assert data.cache is not None
+        return Rollouts(
+            run=run,
+            config=self.config,
+            rows=self.rows,
+            data=data,
+            policy=objective.policy,
+            ask=objective.generates,
+            latent_shape=self.pipeline.latent_shape(*self.rollout_size),
+            sigmas=self.sigmas,
+            transition=objective.transition,
+            scorer=self.scorer,
+            guard=self.guard,
+            pad_length=self._pad_length(data.cache, data),
+        )
+
+    def _pad_length(self, cache: EncodedCache, data: Encoded) -> int:
+        """One for all batches: attention over another number of tokens has other last bits."""
+        if self.config.torch_compile:
+            return self.pipeline.max_prompt_tokens
+        return max(len(data.embed("")), *(len(cache.embeddings[sample.prompt_key]) for sample in data.samples))
+
+    def monitor(self, run: Run, data: Encoded, objective: Objective) -> Monitor:
+        sampler, watched = self.sampler(objective.policy, run), self.watched(data)
+        proxies = self.config.proxy_weights
+        return GuardedMonitor(run, self.config, sampler, data, **watched, guard=self.guard, proxies=proxies)
+
+    def example(self, run: Run) -> tuple[Any, Batch]:
+        batch, config = self.example_batch(run), self.config
+        count, like = len(batch["latents"]), batch["latents"]
+        of_images = {name: torch.empty(count, device=run.device) for name in ("advantages", "weight")}
+        if config.rollout_guidance_scale > 1:
+            of_images |= {"null_embeds": batch["prompt_embeds"], "null_mask": batch["prompt_mask"]}
+        if not config.is_policy_gradient:
+            return None, {**batch, **of_images, "noise": like, "t": torch.empty(count, device=run.device)}
+        levels = {name: torch.empty(count, device=run.device) for name in ("sigma", "sigma_next", "log_prob")}
+        states = {name: torch.empty_like(like) for name in ("x_t", "x_next", "mean")}
+        return None, {**batch, **of_images, **levels, **states}
+
+    def cache_size(self) -> str:
+        return "of images nothing is cached: the policy makes them"
+
+
+STAGE = GRPO
