@@ -15,8 +15,8 @@ from typing import Any
 
 from prx_post import __version__
 from prx_post.base.errors import ConfigError, PrxPostError
-from prx_post.base.parsing import parse
-from prx_post.stages.registry import REGISTRY
+from prx_post.base.parsing import parse, setting
+from prx_post.stages.registry import REGISTRY, meant
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _stage(name: str, args: Sequence[str]) -> Callable[[], Any]:
     """A stage, its settings read and checked."""
+    asked, name = name, meant(name, setting(args, "method"))
+    if asked != name and int(os.environ.get("RANK", "0")) == 0:
+        print(f"the settings are those of prx-post {name}, which is run")
     configs = parse(REGISTRY[name].configs(), args, f"prx-post {name}")
     return partial(importlib.import_module("prx_post.stages.run").run, name, configs)
 

@@ -125,7 +125,7 @@ def numbers(run: Path) -> list[dict[str, float]]:
     """The metrics of a run that do not depend on the machine."""
     clock = ("time", "images_per_second", "data_wait_fraction", "peak_memory_gib")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+    return [{k: v for k, v in line.items() if k not in clock and "seconds/" not in k} for line in lines]
 
 
 def differences(run: Path, reference: Path) -> list[str]:

@@ -138,6 +138,15 @@ def _keys_of_file(args: Sequence[str]) -> dict[str, str]:
     return {str(key): f"in {path}" for key in values if key != "env"}
 
 
+def setting(args: Sequence[str], name: str) -> Any:
+    """What the command line, or else its file, says of one setting, unchecked; None if neither has it."""
+    flat = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    if f"--{name}" in flat[:-1]:
+        return flat[flat.index(f"--{name}") + 1]
+    file = Path(flat[flat.index("--config") + 1]) if "--config" in flat[:-1] else None
+    return read_yaml(file).get(name) if file is not None and file.is_file() else None
+
+
 def _keys_of_flags(args: Sequence[str]) -> dict[str, str]:
     flags = (arg[2:].split("=")[0].replace("-", "_") for arg in args if arg.startswith("--"))
     return {flag: "on the command line" for flag in flags if flag not in ("config", "help", "")}

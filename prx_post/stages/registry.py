@@ -80,6 +80,13 @@ REGISTRY: dict[str, Entry] = {
 }
 
 
+def meant(name: str, method: Any) -> str:
+    """The stage that a command stands for: `dpo` with a `method` of grpo's is `grpo`, for both align by preference."""
+    if name != "dpo" or method is None:
+        return name
+    return "grpo" if method in importlib.import_module("prx_post.stages.grpo.config").METHODS else name
+
+
 def find(name: str) -> Entry:
     """Raises ConfigError, with the nearest name, if there is no such stage."""
     require_one_of("stage", name, tuple(REGISTRY))

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
-from prx_post.data.plan import Draw, DrawPlan, stream
+from prx_post.data.plan import DrawPlan, stream
 from prx_post.data.source import timestep_and_noise
 from prx_post.engine.protocols import Batch
 from prx_post.engine.run import Run
@@ -50,16 +50,22 @@ Ask = Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
 
 @dataclass
 class Rollout:
-    """This process's images of a rollout.
+    """This process's images of a rollout, group by group.
 
     Attributes:
         number: counted from 0.
+        groups: the numbers of its groups, of 0..P-1.
+        prompts: each image's row of the prompts file.
+        seeds: each image's.
         tensors: by name, [n, ...], n images; `places`, each image's number among the P·G.
         scoring: of its images, which may still be under way; None once it is over.
     """
 
     number: int
-    tensors: dict[str, Tensor]
+    groups: list[int] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    seeds: list[Seeded] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     scoring: Scoring | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -99,23 +105,24 @@ class Rollouts:
         count = math.ceil(config.max_steps / config.steps_per_rollout) + 1
         self._plan = DrawPlan(["all"] * len(self.rows), config.prompts_per_rollout, config.seed, count)
         self._background = Background()
-        self._current = Rollout(NONE, {})
+        self._current = Rollout(NONE)
         self._ahead: Rollout | None = None
         self._constant_in_a_row = 0
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Of a rollout ahead, the images without their scores: what waits for these is the training step alone."""
-        ahead = self._ahead or Rollout(NONE, {})
+        ahead = self._ahead or Rollout(NONE)
         info = {"rollout": self._current.number, "ahead": ahead.number, "constant_in_a_row": self._constant_in_a_row}
         tensors = {f"{CURRENT}{name}": value for name, value in self._current.tensors.items()}
         return info, tensors | {f"{AHEAD}{name}": value for name, value in ahead.tensors.items()}
 
     def load_state(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self._constant_in_a_row = info["constant_in_a_row"]
-        self._current = Rollout(info["rollout"], self._own(tensors, CURRENT))
+        self._current = self._loaded(info["rollout"], tensors, CURRENT)
         if info["ahead"] != NONE:
-            self._ahead = Rollout(info["ahead"], self._own(tensors, AHEAD))
-            self._score_again(self._ahead)
+            self._ahead = self._loaded(info["ahead"], tensors, AHEAD)
+            self._ahead.scoring = self._scoring(self._ahead)
+            self._ahead.scoring.add(self._ahead.tensors["x0"])  # scores that were under way were not saved
 
     def batches(self, step: int) -> Iterator[Batch]:
         number, within = divmod(step, self.config.steps_per_rollout)
@@ -137,37 +144,35 @@ class Rollouts:
         self._current = rollout
         return {**metrics, "policy_lag": torch.tensor(float(lag))}
 
-    def _groups(self) -> list[int]:
-        """The numbers of this process's groups, those of an optimizer step together."""
+    def _planned(self, number: int) -> Rollout:
+        """Rollout `number` before anything is generated."""
         config, ranks = self.config, self.run.ranks
+        draws, size = self._plan.draws(number, range(config.prompts_per_rollout)), config.num_generations
         per_step = config.prompts_per_rollout // config.steps_per_generation
-        return [
+        groups = [  # those of an optimizer step together
             part * per_step + group
             for part in range(config.steps_per_generation)
             for group in range(ranks.rank, per_step, ranks.world)
         ]
-
-    def _own(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """Of all processes' images, this one's, in its order."""
-        found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        if PLACES not in found:
-            return {}
-        at = {int(place): i for i, place in enumerate(found[PLACES])}
-        size = self.config.num_generations
-        mine = [at[group * size + k] for group in self._groups() for k in range(size)]
-        return {name: value[mine] for name, value in found.items()}
-
-    def _draws(self, number: int) -> list[Draw]:
-        return self._plan.draws(number, range(self.config.prompts_per_rollout))
-
-    def _seeds(self, number: int) -> list[Seeded]:
-        """Of this process's images."""
-        draws, size = self._draws(number), self.config.num_generations
-        return [
+        prompts = [draws[group].index for group in groups for _ in range(size)]
+        seeds = [
             Seeded(own, draws[group].seed)
-            for group in self._groups()
+            for group in groups
             for own in noise_seeds(draws[group].seed, self.rows[draws[group].index]["prompt"], size)
         ]
+        places = torch.tensor([group * size + k for group in groups for k in range(size)])
+        return Rollout(number, groups, prompts, seeds, {PLACES: places})
+
+    def _loaded(self, number: int, tensors: dict[str, Tensor], prefix: str) -> Rollout:
+        """A rollout of a checkpoint: of all processes' images, this one's."""
+        if number == NONE:
+            return Rollout(NONE)
+        rollout = self._planned(number)
+        found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        at = {int(place): i for i, place in enumerate(found[PLACES])}
+        mine = [at[int(place)] for place in rollout.tensors[PLACES]]
+        rollout.tensors = {name: value[mine] for name, value in found.items()}
+        return rollout
 
     def _generate(self, number: int) -> Rollout:
         """The images of rollout `number`, whose scores may come later.
@@ -177,38 +182,33 @@ class Rollouts:
             PrxPostError: on all ranks, if a reward failed on one.
         """
         config, ranks, signals = self.config, self.run.ranks, self.run.signals
-        seeds, window = self._seeds(number), window_of(config, number)
+        rollout, window = self._planned(number), window_of(config, number)
         most = config.rollout_batch_size or config.per_device_train_batch_size
-        scoring, made, began = self._scoring(number), list[dict[str, Tensor]](), time.perf_counter()
-        was_training = self.policy.training
+        rollout.scoring = scoring = self._scoring(rollout)
+        made, began = list[dict[str, Tensor]](), time.perf_counter()
         self.policy.eval()
-        firsts = range(0, len(seeds), most)
+        firsts = range(0, len(rollout.seeds), most)
         for first in tqdm(firsts, desc=f"rollout {number + 1}", leave=False, disable=not ranks.is_main):
 
             def work(part: slice = slice(first, first + most)) -> int:
-                trajectories = self._trajectories(number, seeds[part], part, window)
+                trajectories = self._trajectories(rollout, part, window)
                 made.append(self._kept(trajectories))
                 scoring.add(trajectories.x0)
                 return signals.received
 
             received = max(ranks.together(work))
             if received:
-                self.policy.train(was_training)
                 raise StopRequested(
                     f"stopped by {signal.Signals(received).name} in a rollout; what was trained before is saved. "
                     f"Resume with resume_from_checkpoint: latest."
                 ).raised_by_all(ranks.is_main)
-        self.policy.train(was_training)
-        size = config.num_generations
-        places = torch.tensor([group * size + k for group in self._groups() for k in range(size)])
-        tensors = {name: torch.cat([part[name] for part in made]) for name in made[0]} | {PLACES: places}
-        seconds = time.perf_counter() - began - scoring.decode_s - scoring.waited_s
-        return Rollout(number, tensors, scoring, {"rollout": seconds})
+        self.policy.train()
+        rollout.tensors |= {name: torch.cat([part[name] for part in made]) for name in made[0]}
+        rollout.seconds["rollout"] = time.perf_counter() - began - scoring.decode_s - scoring.waited_s
+        return rollout
 
-    def _trajectories(self, number: int, seeds: Sequence[Seeded], part: slice, window: Window) -> Trajectories:
-        draws, size, groups = self._draws(number), self.config.num_generations, self._groups()
-        chosen = [draws[groups[place // size]].index for place in range(part.start, part.start + len(seeds))]
-        device = self.run.device
+    def _trajectories(self, rollout: Rollout, part: slice, window: Window) -> Trajectories:
+        chosen, device = rollout.prompts[part], self.run.device
 
         def velocity_of(images: Sequence[int]) -> VelocityFunction:
             batch = {k: v.to(device) for k, v in self._prompts([chosen[i] for i in images]).items()}
@@ -216,7 +216,7 @@ class Rollouts:
 
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16):
             return sample_trajectories(
-                velocity_of, seeds, self.sigmas, self.transition, window, self.latent_shape, device
+                velocity_of, rollout.seeds[part], self.sigmas, self.transition, window, self.latent_shape, device
             )
 
     def _kept(self, trajectories: Trajectories) -> dict[str, Tensor]:
@@ -237,12 +237,12 @@ class Rollouts:
             batch |= {"null_embeds": null, "null_mask": null_mask}
         return batch
 
-    def _scoring(self, number: int) -> Scoring:
-        config, draws = self.config, self._draws(number)
+    def _scoring(self, rollout: Rollout) -> Scoring:
+        config = self.config
         return Scoring(
             scorer=self.scorer,
             decode=self.data.decode,
-            rows=[self.rows[draws[group].index] for group in self._groups()],
+            rows=[self.rows[prompt] for prompt in rollout.prompts[:: config.num_generations]],
             group_size=config.num_generations,
             batch_size=config.per_device_train_batch_size,
             background=self._background,
@@ -250,24 +250,17 @@ class Rollouts:
             waits=config.async_rewards == "off",
         )
 
-    def _score_again(self, rollout: Rollout) -> None:
-        """A rollout ahead that was resumed: its scores were not saved."""
-        rollout.scoring = self._scoring(rollout.number)
-        rollout.scoring.add(rollout.tensors["x0"])
-
     def _finish(self, rollout: Rollout) -> dict[str, Tensor]:
         """Wait for the scores of all groups, and work out what they teach. Returns metrics.
 
         Raises:
             PrxPostError: on all ranks, if a reward failed or is late on one, or no group has had any variance for long.
         """
-        config, began = self.config, time.perf_counter()
-
-        scoring = rollout.scoring
+        config, scoring, began = self.config, rollout.scoring, time.perf_counter()
         assert scoring is not None
 
         def collect() -> dict[int, Scores]:
-            return dict(zip(self._groups(), scoring.results(), strict=True))
+            return dict(zip(rollout.groups, scoring.results(), strict=True))
 
         by_group: dict[int, Scores] = {}
         for part in self.run.ranks.together(collect):
@@ -326,10 +319,7 @@ class Rollouts:
 
     def _batch(self, rollout: Rollout, images: slice, row: int, iteration: int) -> Batch:
         """Row `row` of each of some images: a step of its trajectory, or a noise that it is trained at."""
-        config, tensors, draws = self.config, rollout.tensors, self._draws(rollout.number)
-        groups = [int(place) // config.num_generations for place in tensors[PLACES][images]]
-        seeds = self._seeds(rollout.number)[images]
-        chosen = [draws[group].index for group in groups]
+        config, tensors, seeds, chosen = self.config, rollout.tensors, rollout.seeds[images], rollout.prompts[images]
         batch: Batch = {
             **self._prompts(chosen),
             **{name: tensors[name][images] for name in ("advantages", "weight", "kl_weight") if name in tensors},
