@@ -12,7 +12,7 @@ import torch
 from prx_post.base.parsing import parse
 from prx_post.base.settings import check_fields, doc
 from prx_post.engine.config import require_whole_matrices
-from prx_post.planning import report
+from prx_post.planning import generation, report
 from prx_post.planning.disk import run_size
 from prx_post.planning.parallel import read_parallel
 from prx_post.planning.planner import Planner
@@ -32,6 +32,10 @@ class PlanConfig:
         "Memory of one GPU, GiB; null: of this machine's GPU. Without either, nothing is said about fitting.",
         None,
         above=0,
+    )
+
+    measure: bool = doc(
+        "grpo: time the network on this machine, with random weights, for the seconds of a rollout.", False
     )
 
     def __post_init__(self) -> None:
@@ -78,9 +82,18 @@ def lines(planner: Planner, plan: PlanConfig) -> list[str]:
         *report.network(planner, run),
         *report.memory_table(planner, run, needed, other, device),
         *report.disk(planner, cache, written),
+        *_rollout(planner, plan),
         *report.steps(config, planner.parallel, cache, written),
         *report.warnings(planner, needed, device, planner.savings(run, other) if does_not_fit else [], cache, written),
     ]
+
+
+def _rollout(planner: Planner, plan: PlanConfig) -> list[str]:
+    work = planner.stage.rollout_work()
+    if work is None:
+        return []
+    timing = generation.measure(planner) if plan.measure else None
+    return generation.lines(work, timing, planner.parallel.num_processes)
 
 
 def _device_memory_gib() -> float | None:

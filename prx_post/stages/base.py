@@ -26,6 +26,7 @@ from prx_post.model.config import ModelConfig
 from prx_post.model.sampler import Sampler
 from prx_post.model.text import PromptCleaner
 from prx_post.model.trainable import make_trainable, with_weights
+from prx_post.stages.registry import RolloutWork
 
 CAPTIONS_SHOWN = 4
 
@@ -242,6 +243,9 @@ class PipelineStage:
         }
 
     def cache_size(self) -> Any:
+        return None
+
+    def rollout_work(self) -> RolloutWork | None:
         return None
 
 

@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from prx_post.model.checkpoint import PipelineFolder
 
 
+@dataclass(frozen=True)
+class RolloutWork:
+    """What a stage that generates its own training images does from one rollout to the next, on all processes.
+
+    Attributes:
+        images: of a rollout; `described` says of what they are made.
+        generated: network evaluations of one image that made them.
+        trained: forward and backward passes of one image; frozen: forward passes of frozen networks.
+    """
+
+    images: int
+    described: str
+    generated: int
+    trained: int
+    frozen: int
+
+
 class Stage(Protocol):
     """What a stage does, in the order in which it is done."""
 
@@ -52,6 +69,9 @@ class Stage(Protocol):
 
     def cache_size(self) -> Any:
         """For `prx-post plan`: a data.sizes.CacheSize, why it is not known, or None if nothing is cached."""
+
+    def rollout_work(self) -> RolloutWork | None:
+        """For `prx-post plan`: None if the stage generates nothing that it trains on."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,10 @@ from prx_post.stages.grpo.objective import ForwardProcess, OnlineObjective, Poli
 from prx_post.stages.grpo.rollout import Rollouts
 from prx_post.stages.grpo.scoring import Scorer
 from prx_post.stages.grpo.trajectories import transition_of
+from prx_post.stages.grpo.windows import window_of
 from prx_post.stages.prompted import encode_prompt_set, read_prompts
 from prx_post.stages.references import earlier_policy
+from prx_post.stages.registry import RolloutWork
 
 
 class GRPO(PipelineStage):
@@ -142,6 +144,19 @@ class GRPO(PipelineStage):
         levels = {name: torch.empty(count, device=run.device) for name in ("sigma", "sigma_next", "log_prob")}
         states = {name: torch.empty_like(like) for name in ("x_t", "x_next", "mean")}
         return None, {**batch, **of_images, **levels, **states}
+
+    def rollout_work(self) -> RolloutWork:
+        config = self.config
+        images, size = config.images_per_rollout, config.num_generations
+        guided = 2 if config.rollout_guidance_scale > 1 else 1
+        window = window_of(config, 0)
+        alone = config.rollout_steps - (window.branch or 0)
+        generated = guided * (images * alone + config.prompts_per_rollout * (window.branch or 0))
+        rows = images * config.rows_per_image * config.num_iterations
+        held = (config.beta > 0 or config.method == "dgpo") + config.has_old_policy
+        of_guidance = guided if config.is_policy_gradient else 1
+        described = f"{config.prompts_per_rollout} prompts x {size}, {config.rollout_steps} steps"
+        return RolloutWork(images, described, generated, of_guidance * rows, of_guidance * held * rows)
 
     def cache_size(self) -> str:
         return "of images nothing is cached: the policy makes them"
