@@ -141,8 +141,13 @@ class MethodConfig:
         one_of=METHODS,
         resume="fixed",
     )
-    epsilon: float = doc(
-        "Clip range of the ratio to the policy that sampled (dgpo, awm: to the lagged policy).", 1e-3, above=0
+    epsilon: float | None = doc(
+        "Clip range of the ratio to the policy that sampled (dgpo, awm: to the lagged policy). null, for dgpo alone: "
+        "no "
+        "clip, and no lagged policy.",
+        1e-3,
+        above=0,
+        resume="fixed",
     )
     beta: float = doc(
         "Weight of the divergence from the reference: the steps' KL; nft, dgpo, awm: squared difference of velocities.",
@@ -174,9 +179,14 @@ class MethodConfig:
         return self.method in POLICY_GRADIENT
 
     @property
+    def clip(self) -> float:
+        """`epsilon`; infinite if there is none."""
+        return math.inf if self.epsilon is None else self.epsilon
+
+    @property
     def has_old_policy(self) -> bool:
         """Whether a lagged policy is held."""
-        return self.method in FORWARD
+        return self.method in FORWARD and not (self.method == "dgpo" and self.epsilon is None)
 
     def decay_of(self, rollout: int) -> float:
         """Of the lagged policy, after rollout `rollout`, counted from 0."""
@@ -307,6 +317,11 @@ class GRPOConfig(TimestepConfig, RolloutConfig, RewardConfig, MethodConfig, Guar
         for field, default in unused.items():
             value = getattr(self, field)
             require(value == default, field, value, f"{default!r}", reason, action)
+        if self.epsilon is None:
+            reason, action = f"method is {name!r}, which diverges without a clip", "Set it to 1e-3"
+            require(name == "dgpo", "epsilon", None, "a number", reason, action)
+            reason = "epsilon is null, so that there is no lagged policy"
+            require(self.old_policy_decay is None, "old_policy_decay", self.old_policy_decay, "null", reason, "Set one")
         reason, action = "policy gradients need random steps", "Choose sde, cps, dance or renoise"
         ok = is_forward or self.sampler_name != ODE
         require(ok, "rollout_sampler", self.rollout_sampler, "one whose steps are random", reason, action)

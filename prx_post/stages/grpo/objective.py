@@ -156,7 +156,7 @@ class PolicyGradient(OnlineObjective):
             log_ratio = normalised_log_ratio(*ratio[:2], step.mean, batch["mean"], step.std)
             weight = weight / (batch["sigma"] - batch["sigma_next"])
             ratio = (log_ratio, torch.zeros_like(log_ratio), batch["advantages"])
-        return clipped_policy_loss(*ratio, epsilon=config.epsilon, weight=weight)
+        return clipped_policy_loss(*ratio, epsilon=config.clip, weight=weight)
 
 
 class ForwardProcess(OnlineObjective):
@@ -169,7 +169,7 @@ class ForwardProcess(OnlineObjective):
         x_t = interpolate(x0, noise, t)
         needs_reference = self.config.method == "dgpo" or self._is_held(batch)
         reference = self.reference.velocity(x_t, t, prompts) if needs_reference else None
-        old = self.old.velocity(x_t, t, prompts)
+        old = None if self.old is None else self.old.velocity(x_t, t, prompts)
         velocity = self.ask(x_t, t, prompts).float()
         seen = {"velocity": velocity, "old": old, "x_t": x_t, "x0": x0, "t": t, "target": velocity_target(x0, noise)}
         loss, metrics = LOSSES[self.config.method](self.config, {**seen, "reference": reference}, batch)
@@ -194,14 +194,14 @@ def _dgpo(config: GRPOConfig, seen: Batch, batch: Batch) -> tuple[Tensor, Metric
     def of_groups(value: Tensor) -> Tensor:
         return value.view(-1, config.num_generations)
 
-    error, reference, old = (of_groups(_error(seen[name], seen["target"])) for name in ("velocity", "reference", "old"))
+    error, reference = (of_groups(_error(seen[name], seen["target"])) for name in ("velocity", "reference"))
     return dgpo_loss(
         error,
         reference,
         of_groups(batch["advantages"]),
         beta=config.dgpo_beta,
-        old_error_PG=old,
-        epsilon=config.epsilon,
+        old_error_PG=None if seen["old"] is None else of_groups(_error(seen["old"], seen["target"])),
+        epsilon=config.clip,
         weight_P=of_groups(batch["weight"])[:, 0],
     )
 
@@ -213,7 +213,7 @@ def _awm(config: GRPOConfig, seen: Batch, batch: Batch) -> tuple[Tensor, Metrics
         error,
         old,
         batch["advantages"],
-        epsilon=config.epsilon,
+        epsilon=config.clip,
         transform=(lambda e: e) if power is None else (lambda e: flattened(e, seen["t"], power)),
         weight=batch["weight"],
     )
