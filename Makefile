@@ -4,7 +4,7 @@ THREADS ?= $(shell nproc)
 export OMP_NUM_THREADS := $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo distill dpo dpo-iterated test check benchmark clean
+.PHONY: demo distill dpo dpo-iterated grpo test check benchmark clean
 
 # torch first, so that nothing else chooses a build of it. On Linux pip's default build brings CUDA; to take another,
 # say where its wheels are: make demo TORCH_ARGS='--index-url <index of CPU wheels>'
@@ -52,6 +52,12 @@ dpo-iterated: .venv/installed
 		--num_processes 2 --per_device_train_batch_size 16
 	.venv/bin/prx-post eval --config configs/tiny/eval-dpo-iterated.yaml
 	@echo "open runs/demo/eval-dpo-iterated/report.html"
+
+# After the demo: its SFT checkpoint learns, from its own images, to need no guidance; and what it gained.
+grpo: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/prx-post grpo --config configs/tiny/grpo.yaml --num_processes 2
+	.venv/bin/prx-post eval --config configs/tiny/eval-grpo.yaml
+	@echo "open runs/demo/grpo/report.html and runs/demo/eval-grpo/report.html"
 
 test: .venv-test/installed
 	.venv-test/bin/ruff check .

@@ -8,6 +8,7 @@ Every case has 8 prompts × 8 images a rollout and is given 6 rollouts, of which
 The last table gives a reward that sleeps for a known time, with and without waiting for it.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -55,7 +56,7 @@ def train(folder: Path, prompts: Path, changes: dict) -> dict:
     settings = {"max_steps": 2 * ROLLOUTS, "logging_steps": 2, **changes}
     run(["grpo", *arguments(folder, prompts, settings)])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    seconds = [b["time"] - a["time"] for a, b in zip(lines[:-1], lines[1:], strict=True)]
+    seconds = [b["time"] - a["time"] for a, b in itertools.pairwise(lines)]
     parts = {
         name: statistics.median(line[f"seconds/{name}"] for line in lines[1:])
         for name in ("rollout", "decode", "scoring", "scoring_wait")

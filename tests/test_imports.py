@@ -95,6 +95,7 @@ LIGHT = {
         "stages/distill/config.py",
         "stages/dpo/config.py",
         "stages/grpo/config.py",
+        "stages/grpo/settings.py",
         "evaluation/monitor_config.py",
     ),
     *("rewards/judges/config.py", "rewards/judges/judge_answers.py"),

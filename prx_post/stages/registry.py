@@ -104,7 +104,7 @@ def meant(name: str, method: Any) -> str:
     """The stage that a command stands for: `dpo` with a `method` of grpo's is `grpo`, for both align by preference."""
     if name != "dpo" or method is None:
         return name
-    return "grpo" if method in importlib.import_module("prx_post.stages.grpo.config").METHODS else name
+    return "grpo" if method in importlib.import_module("prx_post.stages.grpo.settings").METHODS else name
 
 
 def find(name: str) -> Entry:

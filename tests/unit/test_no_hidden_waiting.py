@@ -12,6 +12,10 @@ from prx_post.engine.metrics import Window
 from prx_post.model.checkpoint import load
 from prx_post.model.frozen import FrozenCopy
 from prx_post.stages.dpo.objective import PairObjective
+from prx_post.stages.grpo.config import GRPOConfig
+from prx_post.stages.grpo.guard import Guard
+from prx_post.stages.grpo.objective import ForwardProcess, PolicyGradient
+from prx_post.stages.grpo.trajectories import transition_of
 from prx_post.stages.sft.objective import FlowMatchingObjective
 from tests import distilling
 
@@ -59,3 +63,32 @@ def test_distillation(method):
     objective = distilling.objective(method=[method], velocity_weight=0.1, **options)
     objective.teacher.transformer.to("meta")
     step(objective, distilling.batch())
+
+
+GRPO = {
+    **{"output_dir": "runs/x", "reward_funcs": ["ocr"], "guard": "off", "num_inference_steps": 4, "beta": 0.1},
+    **{"num_generations": 3},
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"normalise_ratio": True}, {"max_divergence": 1e-6}])
+def test_policy_gradients(changes):
+    batch, count = distilling.batch(), 3
+    batch |= dict.fromkeys(("x_t", "x_next", "mean"), batch["latents"])
+    batch |= {name: torch.rand(count) for name in ("log_prob", "advantages", "weight", "kl_weight")}
+    batch |= {"sigma": torch.full((count,), 0.8), "sigma_next": torch.full((count,), 0.5)}
+    config = GRPOConfig(method="grpo", **GRPO, **changes)
+    reference = FrozenCopy(load("tiny").transformer.to("meta"))
+    transition = transition_of("sde", 0.7, torch.tensor([1.0, 0.8, 0.5, 0.0]))
+    network = load("tiny").transformer.train()
+    step(PolicyGradient(network, config, Guard(), transition=transition, reference=reference), batch)
+
+
+@pytest.mark.parametrize("method", ["dgpo", "nft", "awm"])
+def test_methods_on_the_forward_process(method):
+    batch = distilling.batch()
+    batch |= {"t": batch["ladd_t"], "advantages": torch.rand(3), "weight": torch.ones(3)}
+    config = GRPOConfig(method=method, **GRPO)
+    reference, old = (FrozenCopy(load("tiny").transformer.to("meta")) for _ in range(2))
+    network = load("tiny").transformer.train()
+    step(ForwardProcess(network, config, Guard(), reference=reference, old=old), batch)

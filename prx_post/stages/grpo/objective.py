@@ -68,6 +68,10 @@ class OnlineObjective(Objective):
         """The velocity of the policy in training."""
         return predict_velocity(self.policy, x_t, t, *prompts)
 
+    def of_reference(self, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        """The velocity of the reference, with its guidance."""
+        return guided_ask(self.reference.velocity, x_t, t, batch, self.config.reference_guidance)
+
     @property
     def generates(self) -> Ask:
         """What rollouts are generated with: nft's are the lagged policy's."""
@@ -134,7 +138,7 @@ class PolicyGradient(OnlineObjective):
         levels = (batch["sigma"], batch["sigma_next"])
         reference = None
         if self._is_held(batch):  # first, for it may be the policy's own network with other weights
-            reference = guided_ask(self.reference.velocity, batch["x_t"], levels[0], batch, guidance)
+            reference = self.of_reference(batch["x_t"], levels[0], batch)
         velocity = guided_ask(self.ask, batch["x_t"], levels[0], batch, guidance)
         step = self.transition(batch["x_t"], velocity, *levels, x_next=batch["x_next"])
         loss, metrics = self._loss(step, batch)
@@ -168,7 +172,7 @@ class ForwardProcess(OnlineObjective):
         x0, noise, t = batch["latents"].float(), batch["noise"], batch["t"]
         x_t = interpolate(x0, noise, t)
         needs_reference = self.config.method == "dgpo" or self._is_held(batch)
-        reference = self.reference.velocity(x_t, t, prompts) if needs_reference else None
+        reference = self.of_reference(x_t, t, batch) if needs_reference else None
         old = None if self.old is None else self.old.velocity(x_t, t, prompts)
         velocity = self.ask(x_t, t, prompts).float()
         seen = {"velocity": velocity, "old": old, "x_t": x_t, "x0": x0, "t": t, "target": velocity_target(x0, noise)}

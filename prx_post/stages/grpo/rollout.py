@@ -211,8 +211,10 @@ class Rollouts:
         chosen, device = rollout.prompts[part], self.run.device
 
         def velocity_of(images: Sequence[int]) -> VelocityFunction:
-            batch = {k: v.to(device) for k, v in self._prompts([chosen[i] for i in images]).items()}
-            return lambda x_t, t: guided_ask(self.ask, x_t, t, batch, self.config.rollout_guidance_scale)
+            scale = self.config.rollout_guidance_scale
+            batch = self._prompts([chosen[i] for i in images], has_null=scale > 1)
+            batch = {name: value.to(device) for name, value in batch.items()}
+            return lambda x_t, t: guided_ask(self.ask, x_t, t, batch, scale)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16):
             return sample_trajectories(
@@ -227,12 +229,12 @@ class Rollouts:
         steps = {name: torch.stack(getattr(trajectories, name), dim=1).cpu() for name in names}
         return {"x0": trajectories.x0.cpu(), **steps}
 
-    def _prompts(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Embeddings of the prompts of these rows, and with guidance the empty prompt's."""
+    def _prompts(self, rows: Sequence[int], has_null: bool) -> dict[str, Tensor]:
+        """Embeddings of the prompts of these rows, and if that is asked for the empty prompt's."""
         texts = [self.rows[row]["prompt"] for row in rows]
         embeds, mask = pad_embeddings([self.data.embed(text).cpu() for text in texts], self.pad_length)
         batch = {"prompt_embeds": embeds, "prompt_mask": mask}
-        if self.config.rollout_guidance_scale > 1:
+        if has_null:
             null, null_mask = pad_embeddings([self.data.embed("").cpu()] * len(rows), self.pad_length)
             batch |= {"null_embeds": null, "null_mask": null_mask}
         return batch
@@ -321,7 +323,7 @@ class Rollouts:
         """Row `row` of each of some images: a step of its trajectory, or a noise that it is trained at."""
         config, tensors, seeds, chosen = self.config, rollout.tensors, rollout.seeds[images], rollout.prompts[images]
         batch: Batch = {
-            **self._prompts(chosen),
+            **self._prompts(chosen, config.has_null_prompts),
             **{name: tensors[name][images] for name in ("advantages", "weight", "kl_weight") if name in tensors},
             "seeds": [seeded.own for seeded in seeds],
             "rows": chosen,

@@ -24,7 +24,8 @@ from prx_post.rewards.judges.pairwise import PairwiseJudge, PointwiseJudge, comp
 from prx_post.rewards.judges.vision_judge import VisionJudge
 from prx_post.rewards.registry import RewardSpec, parse_specs
 from prx_post.rewards.reward import Reward, checked
-from prx_post.stages.grpo.config import WIN_RATE, GRPOConfig
+from prx_post.stages.grpo.config import GRPOConfig
+from prx_post.stages.grpo.settings import WIN_RATE
 
 Scores = dict[str, Tensor]
 """By reward, [P, G] fp32; `features`, [P, G, D], if they are asked for."""

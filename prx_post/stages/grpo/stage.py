@@ -137,7 +137,7 @@ class GRPO(PipelineStage):
         batch, config = self.example_batch(run), self.config
         count, like = len(batch["latents"]), batch["latents"]
         of_images = {name: torch.empty(count, device=run.device) for name in ("advantages", "weight")}
-        if config.rollout_guidance_scale > 1:
+        if config.has_null_prompts:
             of_images |= {"null_embeds": batch["prompt_embeds"], "null_mask": batch["prompt_mask"]}
         if not config.is_policy_gradient:
             return None, {**batch, **of_images, "noise": like, "t": torch.empty(count, device=run.device)}
@@ -153,10 +153,11 @@ class GRPO(PipelineStage):
         alone = config.rollout_steps - (window.branch or 0)
         generated = guided * (images * alone + config.prompts_per_rollout * (window.branch or 0))
         rows = images * config.rows_per_image * config.num_iterations
-        held = (config.beta > 0 or config.method == "dgpo") + config.has_old_policy
+        asked = 2 if config.reference_guidance > 1 else 1
+        held = asked * (config.beta > 0 or config.method == "dgpo") + config.has_old_policy
         of_guidance = guided if config.is_policy_gradient else 1
         described = f"{config.prompts_per_rollout} prompts x {size}, {config.rollout_steps} steps"
-        return RolloutWork(images, described, generated, of_guidance * rows, of_guidance * held * rows)
+        return RolloutWork(images, described, generated, of_guidance * rows, held * rows)
 
     def cache_size(self) -> str:
         return "of images nothing is cached: the policy makes them"
