@@ -41,8 +41,7 @@ def alone(prompts, warm_cache, tmp_path_factory):
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
-        *(("grpo", mode) for mode in ("ddp", "zero1", "zero3")),
-        *(("dgpo", mode) for mode in ("ddp", "zero2", "zero3")),
+        *(("grpo", "ddp"), ("grpo", "zero3"), ("dgpo", "zero1"), ("dgpo", "zero3")),
         *(("nft", "zero2"), ("lora", "ddp"), ("lora", "zero2")),
     ],
 )
@@ -54,8 +53,10 @@ def test_two_processes_are_one(prompts, warm_cache, tmp_path, alone, kind, mode)
     for ours_line, theirs_line in zip(ours, theirs, strict=True):
         assert ours_line.keys() == theirs_line.keys()
     for name in ("reward/jpeg_compressibility", "reward_std/jpeg_compressibility", "zero_std_ratio"):
-        made = [[line[name] for line in lines if name in line] for lines in (ours, theirs)]
-        assert made[0] == pytest.approx(made[1], rel=2e-3, abs=1e-6)
+        first, second = zip(*([line[name] for line in lines if name in line] for lines in (ours, theirs)), strict=True)
+        assert first[0] == pytest.approx(first[1], rel=1e-4)
+        # after four updates by Adam, whose first steps make as much of a small gradient's last bits as of a large one's
+        assert second[0] == pytest.approx(second[1], rel=3e-2)
     for name in ("loss", "grad_norm"):
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=2e-2, abs=2e-4)
 
