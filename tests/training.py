@@ -79,6 +79,9 @@ class NoMonitor:
     def is_best(self, metrics: dict[str, float]) -> bool:
         return False
 
+    def forget_best(self) -> None:
+        pass
+
     def resume(self, evaluations: list[dict[str, Any]], logged: list[dict[str, Any]]) -> None:
         pass
 

@@ -127,6 +127,11 @@ class TrainConfig:
         """`output_dir` as a path."""
         return Path(str(self.output_dir)).expanduser()
 
+    @property
+    def smallest_batch(self) -> int:
+        """What per_device_train_batch_size must be a multiple of."""
+        return 1
+
     def settle(self, world_size: int) -> None:
         """Set what follows from the number of processes. Raises ConfigError if it does not come out even."""
 

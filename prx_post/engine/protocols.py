@@ -115,6 +115,9 @@ class Monitor(Protocol):
     def resume(self, evaluations: list[dict[str, Any]], logged: list[dict[str, Any]]) -> None:
         """Take up what earlier evaluations and logged metrics, a line each, have come to."""
 
+    def forget_best(self) -> None:
+        """The best weights are lost: the next evaluation is the best so far."""
+
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

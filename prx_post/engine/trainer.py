@@ -359,8 +359,9 @@ class Trainer:
         """A best of which the weights are lost is none."""
         best = self.run.ranks.on_main(self._best)  # for all ranks, once the main one has cut the files
         is_lost = self.monitor.keeps_best and best is None
-        logged = self.log.lines(METRICS)
-        self.monitor.resume([] if is_lost else self.log.lines(EVALUATIONS), logged)
+        self.monitor.resume(self.log.lines(EVALUATIONS), self.log.lines(METRICS))
+        if is_lost:
+            self.monitor.forget_best()
 
     def _clean_up(self) -> None:
         """What a killed run left behind: half a save, later checkpoints, a best of steps that are run again."""

@@ -30,7 +30,7 @@ from prx_post.evaluation.sheets import Sheet
 from prx_post.model.codec import to_images
 from prx_post.model.sampler import Sampler
 from prx_post.rewards.registry import parse_specs
-from prx_post.rewards.reward import Reward, checked
+from prx_post.rewards.reward import Reward, check_rows, score_rows
 
 IMAGES_PER_PROMPT = 2
 SHEET_ROWS = 8
@@ -64,28 +64,30 @@ class Judges:
 
     prompts: list[str]
     rewards: dict[str, Reward]
+    columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of prompts that come from a file: their rows, which some rewards read."""
 
     @classmethod
     def open(cls, config: MonitorConfig) -> "Judges":
         """Raises PrxPostError if the prompts are missing, or a reward is not installed or cannot score them."""
         if not config.eval_steps:
             return cls([], {})
-        prompts = _read_prompts(config) if config.eval_prompts_file else []
+        rows = _read_prompts(config) if config.eval_prompts_file else []
         rewards = {spec.label: spec.load() for spec in parse_specs(config.evaluated_rewards)}
-        for reward in rewards.values():
-            reward.check(prompts)
+        for name, reward in rewards.items():
+            check_rows(reward, name, rows, "eval_prompts_file")
         if config.eval_encoder:
             open_encoder(config.eval_encoder, torch.device("cpu"), "float32", 16)
-        return cls(prompts, rewards)
+        return cls([row["prompt"] for row in rows], rewards, {row["prompt"]: row for row in rows})
 
 
-def _read_prompts(config: MonitorConfig) -> list[str]:
-    """Spread evenly over the file."""
+def _read_prompts(config: MonitorConfig) -> list[dict[str, Any]]:
+    """Rows, spread evenly over the file."""
     path = Path(str(config.eval_prompts_file)).expanduser()
     rows = read_prompt_rows(path) if path.is_file() else []
     if not rows:
         raise PrxPostError(f"eval_prompts_file is {str(path)!r}, which is missing or has no prompts. Check the path.")
-    return [rows[i]["prompt"] for i in spread_over_groups(rows, config.eval_num_prompts)]
+    return [rows[i] for i in spread_over_groups(rows, config.eval_num_prompts)]
 
 
 def win_rate(scores: np.ndarray, others: np.ndarray) -> float:
@@ -172,6 +174,9 @@ class ImageMonitor:
         for line in evaluations:
             if self._key(self.config.metric_for_best_model) in line:
                 self._note(line)
+
+    def forget_best(self) -> None:
+        self._best, self._evaluations_since_best = None, 0
 
     def _is_due(self, every: int, step: int) -> bool:
         return bool(every) and (step % every == 0 or step == self.config.max_steps)
@@ -289,9 +294,9 @@ class ImageMonitor:
 
         def score() -> tuple[list[int], dict[str, list[float]], np.ndarray | None, dict[int, Image.Image]]:
             own = [images[i] for i in images]
-            prompts = [jobs[i].prompt for i in images]
+            rows = [self.judges.columns.get(jobs[i].prompt, {"prompt": jobs[i].prompt}) for i in images]
             scores = {
-                name: checked(reward(own, prompts), name, len(own)).tolist() if own else []
+                name: score_rows(reward, name, own, rows).tolist() if own else []
                 for name, reward in self.judges.rewards.items()
             }
             features = encode(self._encoder, iter(own)) if self._encoder is not None and own else None

@@ -28,7 +28,7 @@ class TrainingReport:
     """What the page shows.
 
     Attributes:
-        points: (step, optimised reward, held-out judgement) of each evaluation, higher being better.
+        points: (step, optimised rewards as one, held-out judgement) of each evaluation, higher being better.
         held_out: the judgement's name.
         acted: steps at which the guard acted.
         guard: what it does.
@@ -89,7 +89,7 @@ def write_training_report(folder: Path, path: Path, report: TrainingReport) -> N
 def _main(report: TrainingReport) -> list[tuple[str, list[tuple[int, float]]]]:
     optimised = [(step, value) for step, value, _ in report.points if value is not None]
     held_out = [(step, value) for step, _, value in report.points]
-    return [("optimised reward, held-out prompts", optimised)] * bool(optimised) + [
+    return [("optimised rewards, as fractions of their range", optimised)] * bool(optimised) + [
         (f"held-out judgement: {report.held_out}", held_out)
     ]
 

@@ -74,8 +74,8 @@ class Planner:
             for stage in range(max(2, parallel.zero_stage + 1), 4):
                 split = dataclasses.replace(parallel, num_processes=count, zero_stage=stage, offload=False)
                 options.append((f"deepspeed: zero{stage} on {count} GPUs", self.memory(run, split)))
-        if config.per_device_train_batch_size > 1:
-            half = config.per_device_train_batch_size // 2
+        half = config.per_device_train_batch_size // 2
+        if half and half % config.smallest_batch == 0:
             fewer = self.dry_run(
                 per_device_train_batch_size=half,
                 gradient_accumulation_steps=2 * config.gradient_accumulation_steps,

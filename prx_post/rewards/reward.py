@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -48,6 +48,32 @@ def checked(scores: Tensor, name: str, count: int) -> Tensor:
             f"numbers. Fix the reward."
         )
     return scores
+
+
+def check_rows(reward: Reward, name: str, rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raise PrxPostError for a prompt that cannot be scored, or a row that lacks a column which the reward reads.
+
+    Args:
+        rows: a `prompt` each, and other columns; `where`: the setting that they come from.
+    """
+    reward.check([row["prompt"] for row in rows])
+    needed: frozenset[str] = getattr(reward, "required_columns", frozenset())
+    for row in rows:
+        if absent := sorted(needed - row.keys()):
+            raise PrxPostError(
+                f"the reward {name} reads {', '.join(absent)}, which {where} lacks for the prompt {row['prompt']!r}. "
+                f"Add it to the file's rows, or choose another reward."
+            )
+
+
+def score_rows(reward: Reward, name: str, images: Sequence[Image.Image], rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Scores [B] of `images[i]` for `rows[i]`, whose other columns a reward of TRL's form is given. As `checked`."""
+    prompts = [row["prompt"] for row in rows]
+    if not getattr(reward, "takes_columns", False):
+        return checked(reward(images, prompts), name, len(images))
+    names = set().union(*rows) - {"prompt"}
+    columns = {column: [row.get(column) for row in rows] for column in names}
+    return checked(reward(images, prompts, columns), name, len(images))  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ METHODS = {
     "grpo": {"beta": 0.01},
     "guard": {"normalise_ratio": "true", "rollout_sampler": "sde"},
     "dppo": {"max_divergence": 1e-6, "window": "subset", "window_size": 1},
-    "nft": {"method": "nft", **FORWARD, "noises_per_image": 2},
+    "nft": {"method": "nft", "rollout_sampler": "ode", "noises_per_image": 2},
     "dgpo": {"method": "dgpo", **FORWARD, "beta": 0.01, "sync_ref_model": "true", "ref_model_sync_steps": 4},
     "awm": {"method": "awm", **FORWARD, "awm_power": 0.25},
 }
@@ -112,11 +112,11 @@ def test_recorded_rows_give_the_losses_of_the_online_run(whole):
             velocity = network(of_step["x_t"], level, embeds, mask, return_dict=False)[0]
         made = cps_step(of_step["x_t"], velocity, level, sigmas[step + 1], noise_level=0.8, x_next=of_step["x_next"])
         advantages, weight = (rows[f"current/{name}"][:8] for name in ("advantages", "weight"))
-        losses.append(
-            clipped_policy_loss(made.log_prob, of_step["log_prob"], advantages, epsilon=1e-3, weight=weight)[1]["ratio"]
-        )
+        losses.append(clipped_policy_loss(made.log_prob, of_step["log_prob"], advantages, epsilon=1e-3, weight=weight))
     logged = numbers(run)[2]
-    assert float(sum(losses)) / 2 == pytest.approx(logged["ratio"], abs=1e-6)
+    policy_loss = logged["loss"] - 0.01 * logged["divergence"]  # beta; every group teaches, so that weights are 1
+    assert sum(loss.item() for loss, _ in losses) / 2 == pytest.approx(policy_loss, rel=1e-4, abs=1e-7)
+    assert sum(metrics["ratio"].item() for _, metrics in losses) / 2 == pytest.approx(logged["ratio"], abs=1e-6)
     assert logged["ratio"] != pytest.approx(1, abs=1e-7)
 
 
@@ -225,7 +225,7 @@ def test_a_columns_reward_reads_the_prompts_other_keys(prompts, warm_cache, tmp_
 
 
 def test_lora_trains_and_resumes_with_its_lagged_policy(prompts, warm_cache, tmp_path):
-    changes = {**METHODS["dgpo"], **LORA, "beta": 0, "sync_ref_model": "false"}
+    changes = {"method": "dgpo", **FORWARD, **LORA}
     assert main(grpo_arguments(prompts, warm_cache, tmp_path / "whole", **changes)) == 0
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -235,6 +235,28 @@ def test_lora_trains_and_resumes_with_its_lagged_policy(prompts, warm_cache, tmp
     assert main(grpo_arguments(prompts, warm_cache, broken, **changes)) == 0
     assert differences(broken, tmp_path / "whole") == []
     assert (tmp_path / "whole" / "final-adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("changes", [{"noise_level": 0.5}, {"shift_terminal": 0.2}, {"max_divergence": 1e-6}])
+def test_a_rollout_is_not_continued_with_settings_that_its_rows_mean_nothing_under(
+    whole, prompts, warm_cache, tmp_path, capsys, changes
+):
+    shutil.copytree(whole("grpo") / "checkpoint-000006", tmp_path / "checkpoint-000006")
+    shutil.copy(whole("grpo") / "samples.jsonl", tmp_path / "samples.jsonl")
+    given = {**METHODS["grpo"], **changes}
+    assert main(grpo_arguments(prompts, warm_cache, tmp_path, **given)) == 2
+    assert "rollout was generated with another grid, window, noise level or trust region" in capsys.readouterr().err
+
+
+def test_other_rewards_on_resuming_are_named(whole, prompts, warm_cache, tmp_path, capsys):
+    shutil.copytree(whole("grpo") / "checkpoint-000006", tmp_path / "checkpoint-000006")
+    shutil.copy(whole("grpo") / "samples.jsonl", tmp_path / "samples.jsonl")
+    assert main(grpo_arguments(prompts, warm_cache, tmp_path, **METHODS["grpo"], reward_funcs="ocr_probability")) == 2
+    assert "the rewards are ocr probability" in capsys.readouterr().err
+
+
+def test_a_rollout_that_was_gone_through_is_not_saved(whole):
+    assert open_checkpoint(whole("grpo") / "checkpoint-000004").joined("source") == {}
 
 
 def test_dpo_given_the_settings_of_grpo_runs_it(prompts, warm_cache, tmp_path, capsys):

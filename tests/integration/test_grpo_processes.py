@@ -13,7 +13,7 @@ FORWARD = {"method": "dgpo", "rollout_sampler": "ode", "epsilon": 1e-2}
 KINDS = {
     "grpo": {"beta": 0.01},
     "dgpo": FORWARD,
-    "nft": {**FORWARD, "method": "nft"},
+    "nft": {"method": "nft", "rollout_sampler": "ode"},
     "lora": {**FORWARD, **LORA},
 }
 

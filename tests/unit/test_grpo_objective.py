@@ -4,6 +4,7 @@ when."""
 import pytest
 import torch
 
+from prx_post.base.errors import ConfigError
 from prx_post.model.checkpoint import load
 from prx_post.model.frozen import FrozenCopy
 from prx_post.stages.grpo.advantages import learnt_from
@@ -111,8 +112,36 @@ def test_weights_leave_out_groups_without_variance_step_by_step():
 def test_regularizing_marks_what_only_the_optimised_reward_likes_and_divides_by_no_deviation():
     optimised = torch.tensor([[0.0, 10.0], [1.0, 2.0]])
     others = torch.tensor([[1.0, 0.0], [2.0, 3.0]])
-    config = config_of(num_generations=2, guard_fraction=0.25)
+    config = config_of(
+        **{
+            "num_generations": 2,
+            "guard": "regularize",
+            "guard_fraction": 0.25,
+            "guard_rewards": ["jpeg_compressibility"],
+        },
+        **{"eval_steps": 5, "eval_rewards": ["judge_exact"], "metric_for_best_model": "judge_exact"},
+    )
     guard = Guard(regularizes=True)
     taught = learnt_from(config, guard, optimised, {"ocr": optimised, "light": others}, {"ocr": 1.0}, None)
     assert taught["kl_weight"].tolist() == [[0, 1], [0, 0]]
     assert taught["advantages"].tolist() == [[-5, 5], [-0.5, 0.5]]  # clipped at 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_adapter", "ok"),
+    [
+        ({"epsilon": 1e-2}, True, False),  # an adapter is exchanged for the lagged one
+        ({"epsilon": 1e-2}, False, True),
+        ({}, True, True),  # no lagged policy; the reference is the policy without its adapter
+        ({"beta": 0.1, "sync_ref_model": True}, True, False),
+    ],
+)
+def test_an_earlier_adapter_needs_whole_weights(changes, is_adapter, ok):
+    config = config_of(**changes)
+    config.is_adapter = is_adapter
+    config.check_zero(2, False)
+    if ok:
+        config.check_zero(3, False)
+        return
+    with pytest.raises(ConfigError, match="zero1 or zero2 with use_peft"):
+        config.check_zero(3, False)

@@ -42,10 +42,23 @@ def test_a_recovery_between_begins_the_count_again_and_it_may_act_again():
     assert acts(watch(), (1, 5), (2, 4), (3, 6), (4, 5), (5, 5), (6, 4), (7, 3)) == [4, 6]
 
 
+def test_a_fall_within_the_tolerance_does_not_count():
+    """Of what was gained since the start, 0.4, a tenth."""
+    assert acts(watch(), (1, 0.5), (2, 0.9), (3, 0.87), (4, 0.87), (5, 0.85), (6, 0.85)) == [5]
+
+
+def test_each_reward_counts_by_its_own_range():
+    """One of 0.02 falls to its lowest while one of 10 rises by a tenth of its range: by raw sums that were a rise."""
+    watched = watch(weights={"ocr": 1.0, "large": 1.0})
+    for step, (small, large, held_out) in enumerate([(0.00, 0, 1), (0.02, 9, 5), (0.00, 10, 2), (0.00, 10, 1)]):
+        line = {"step": step, "eval/judge_exact/4_steps": held_out, "eval/ocr/4_steps": small}
+        assert watched.add(watched.point({**line, "eval/large/4_steps": large})) is None
+
+
 def test_a_distance_is_better_when_it_is_lower():
     watched = watch("fid")
     assert acts(watched, (0.1, 9.0), (0.2, 12.0), (0.3, 11.0), metric="fid") == [2]
-    assert "fid, which is held out, went from 9 to 11" in acts_reason("fid", (0.1, 9.0), (0.2, 12.0), (0.3, 11.0))
+    assert "but fid, which is held out, from 9 to 11" in acts_reason("fid", (0.1, 9.0), (0.2, 12.0), (0.3, 11.0))
 
 
 def acts_reason(metric, *pairs):
@@ -105,6 +118,11 @@ def test_the_page_shows_the_film_the_curves_and_where_the_guard_acted(tmp_path):
     assert "&lt;b&gt;81&lt;/b&gt;" in page
     assert page.count("data:image/png") == 2 * 3  # the frame of step 15, which no evaluation knows, is left out
     assert "acted at step 10" in page
-    for curve in ("optimised reward, held-out prompts", "held-out judgement: judge_exact", "fid/4_steps", "loss"):
+    for curve in (
+        "optimised rewards, as fractions of their range",
+        "held-out judgement: judge_exact",
+        "fid/4_steps",
+        "loss",
+    ):
         assert curve in page
     assert 'class="mark"' in page

@@ -19,18 +19,37 @@ from prx_post.stages.grpo.settings import (
     RolloutConfig,
 )
 
+FOR_STEPS: dict[str, object] = {"normalise_ratio": False, "max_divergence": None, "window": "all", "window_size": None}
+"""What policy gradients alone use, and what it is if it is not set; then the forward methods, a method, the guard's."""
+FOR_IMAGES: dict[str, object] = {
+    **{"noises_per_image": 1, "old_policy_decay": None, "timestep_mean": 0.0, "timestep_std": 1.0},
+    **{"timestep_shift": 1.0, "timestep_uniform_fraction": 0.0},
+}
+FOR_METHOD: tuple[tuple[str, str, object], ...] = (
+    ("nft", "nft_beta", 1.0),
+    ("dgpo", "dgpo_beta", 100.0),
+    ("awm", "awm_power", None),
+)
+GARDO: dict[str, object] = {
+    **{"guard_rewards": [], "guard_encoder": None, "guard_max_divergence": None, "guard_beta": 0.1},
+    **{"guard_fraction": 0.1, "guard_sync_rollouts": 15},
+}
+
 
 @dataclass
 class GRPOConfig(TimestepConfig, RolloutConfig, RewardConfig, MethodConfig, GuardConfig, MonitorConfig):
     """Online alignment, on top of the training loop's settings."""
 
+    is_adapter = False  # no setting: what ModelConfig says, for check_zero
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_rewards()
+        self._check_unused()
         self._check_method()
+        self._check_sampler()
         self._check_window()
         self._check_guard()
-        reason, action = "the forward process has no steps to train", "Leave it out, or choose another method"
         if self.shift_terminal is not None:
             ok, rule = 0 < self.shift_terminal < 1, "between 0 and 1"
             require(ok, "shift_terminal", self.shift_terminal, rule, "it is a noise level", "Set it to 0.3")
@@ -95,54 +114,77 @@ class GRPOConfig(TimestepConfig, RolloutConfig, RewardConfig, MethodConfig, Guar
         )
         self.gradient_accumulation_steps = derived
 
+    @property
+    def smallest_batch(self) -> int:
+        return self.num_generations if self.method == "dgpo" else 1
+
     def check_zero(self, stage: int, offload: bool) -> None:
-        """Nothing is refused here; see `check_together`."""
+        """Raise ConfigError for an adapter that is exchanged for an earlier one while its weights are split."""
+        follows = self.has_old_policy or self.sync_ref_model or self.guard == "regularize"
+        reason = "an adapter that is held as it was earlier needs whole weights"
+        ok = stage < 3 or not (self.is_adapter and follows)
+        require(ok, "deepspeed", f"zero{stage}", "zero1 or zero2 with use_peft here", reason, "Set it")
+
+    def _check_unused(self) -> None:
+        """Raise ConfigError for what is set but plays no part."""
+        steps, name = self.is_policy_gradient, self.method
+        clips = not (name == "nft" or self.max_divergence is not None)
+        wins = name == "pref_grpo"
+        for is_used, field, default, why in (
+            *((steps, field, default, f"method is {name!r}") for field, default in FOR_STEPS.items()),
+            *((not steps, field, default, f"method is {name!r}") for field, default in FOR_IMAGES.items()),
+            *((name == method, field, default, f"method is {name!r}") for method, field, default in FOR_METHOD),
+            (clips, "epsilon", 1e-3, f"method is {name!r} and max_divergence {self.max_divergence}"),
+            (wins, "pairwise_reward", None, f"method is {name!r}"),
+            (wins, "pairwise_weight", 1.0, f"method is {name!r}"),
+            (self.pairwise_reward is not None, "pairwise_temperature", 1.0, "pairwise_reward is null"),
+            (self.window == "mix", "window_rollouts", 25, f"window is {self.window!r}"),
+            (self.sync_ref_model, "ref_model_sync_steps", 512, "sync_ref_model is false"),
+            (self.guard != "off", "guard_patience", 2, "guard is 'off'"),
+            (self.guard != "off", "guard_tolerance", 0.1, "guard is 'off'"),
+            (self.guard == "lower_lr", "guard_lr_factor", 0.3, f"guard is {self.guard!r}"),
+            *(
+                (self.guard == "regularize", field, default, f"guard is {self.guard!r}")
+                for field, default in GARDO.items()
+            ),
+        ):
+            value, reason = getattr(self, field), f"{why}, which does not use it"
+            ok = is_used or value == default
+            require(ok, field, value, f"{default!r}", reason, "Leave it out, or change the other")
 
     def _check_method(self) -> None:
-        is_forward, name = not self.is_policy_gradient, self.method
-        reason, action = f"method is {name!r}, which does not use it", "Leave it out"
-        only_for_steps = {"normalise_ratio": False, "max_divergence": None, "window": "all", "window_size": None}
-        only_for_images = {"noises_per_image": 1, "old_policy_decay": None}
-        own: dict[str, tuple[str, object]] = {
-            "nft": ("nft_beta", 1.0),
-            "dgpo": ("dgpo_beta", 100.0),
-            "awm": ("awm_power", None),
-        }
-        unused: dict[str, object] = {**(only_for_steps if is_forward else only_for_images)}
-        unused |= {field: default for method, (field, default) in own.items() if method != name}
-        for field, default in unused.items():
-            value = getattr(self, field)
-            require(value == default, field, value, f"{default!r}", reason, action)
-        if self.epsilon is None:
-            reason, action = f"method is {name!r}, which diverges without a clip", "Set it to 1e-3"
-            require(name == "dgpo", "epsilon", None, "a number", reason, action)
-            reason = "epsilon is null, so that there is no lagged policy"
-            require(self.old_policy_decay is None, "old_policy_decay", self.old_policy_decay, "null", reason, "Set one")
-        reason, action = "policy gradients need random steps", "Choose sde, cps, dance or renoise"
-        ok = is_forward or self.sampler_name != ODE
-        require(ok, "rollout_sampler", self.rollout_sampler, "one whose steps are random", reason, action)
-        if self.noise_level is not None:
-            reason, action = f"rollout_sampler is {self.sampler_name!r}", "Leave it out"
-            ok = NOISE_LEVELS.get(self.sampler_name) is not None
-            require(ok, "noise_level", self.noise_level, "null", reason, action)
-        if self.sampler_name == "cps" and self.noise_level is not None:
-            reason, action = "at 1 nothing of the old noise is kept", "Choose renoise for that"
-            require(self.noise_level < 1, "noise_level", self.noise_level, "below 1 for cps", reason, action)
+        name, reason = self.method, "the policy diverges without a clip"
+        ok = self.epsilon is not None or name == "dgpo"
+        require(ok, "epsilon", None, f"a number for {name}", reason, "Set it to 1e-3")
+        reason = "epsilon is null, so that there is no lagged policy"
+        ok = self.epsilon is not None or self.old_policy_decay is None
+        require(ok, "old_policy_decay", self.old_policy_decay, "null", reason, "Set one of them")
         if self.awm_power is not None:
             ok, rule, reason = 0 < self.awm_power < 1, "between 0 and 1", "it flattens large errors"
             require(ok, "awm_power", self.awm_power, rule, reason, "Set it to 0.25")
         ok, reason = not (self.normalise_ratio and self.max_divergence), "each is a trust region of its own"
         require(ok, "max_divergence", self.max_divergence, "null with normalise_ratio", reason, "Set one of them")
-        ok, reason = self.needs_reference or self.ref_guidance_scale is None, "beta is 0 and there is no reference"
+        holds = self.beta > 0 or self.guard == "regularize"
+        ok, reason = holds or self.ref_guidance_scale is None, "beta is 0, so that nothing is held to the reference"
         require(ok, "ref_guidance_scale", self.ref_guidance_scale, "null", reason, "Set beta, or leave it out")
         is_synced, reason = self.sync_ref_model, "beta is 0 and there is no reference to sync"
         ok = not is_synced or self.beta > 0 or name == "dgpo"
         require(ok, "sync_ref_model", is_synced, "false", reason, "Set beta, or leave it out")
-        pairwise, reason = self.pairwise_reward is not None, f"method is {name!r}"
-        ok = name == "pref_grpo" or not pairwise
-        require(ok, "pairwise_reward", self.pairwise_reward, "null", reason, "Set method: pref_grpo, or reward_funcs")
         ok, reason = name == "pref_grpo" or bool(self.reward_funcs), "images are rewarded by something"
         require(ok, "reward_funcs", self.reward_funcs, "one reward or more", reason, "Name a reward, such as hpsv2")
+
+    def _check_sampler(self) -> None:
+        reason, action = "policy gradients need random steps", "Choose sde, cps, dance or renoise"
+        ok = not self.is_policy_gradient or self.sampler_name != ODE
+        require(ok, "rollout_sampler", self.rollout_sampler, "one whose steps are random", reason, action)
+        if self.noise_level is None:
+            return
+        reason, action = f"rollout_sampler is {self.sampler_name!r}", "Leave it out"
+        ok = NOISE_LEVELS.get(self.sampler_name) is not None
+        require(ok, "noise_level", self.noise_level, "null", reason, action)
+        reason, action = "at 1 nothing of the old noise is kept", "Choose renoise for that"
+        ok = self.sampler_name != "cps" or self.noise_level < 1
+        require(ok, "noise_level", self.noise_level, "below 1 for cps", reason, action)
 
     def _check_window(self) -> None:
         steps, random = self.rollout_steps, self.rollout_steps - 1
@@ -168,10 +210,6 @@ class GRPOConfig(TimestepConfig, RolloutConfig, RewardConfig, MethodConfig, Guar
         require(ok, "prompts_per_rollout", self.prompts_per_rollout, rule, reason, action)
 
     def _check_guard(self) -> None:
-        if self.guard != "regularize":
-            reason, action = f"guard is {self.guard!r}", "Leave it out, or set guard: regularize"
-            for field, default in (("guard_rewards", []), ("guard_encoder", None), ("guard_max_divergence", None)):
-                require(getattr(self, field) == default, field, getattr(self, field), "left out", reason, action)
         if self.guard == "off":
             return
         reason = "the guard compares held-out images with the rewards"
@@ -186,8 +224,10 @@ class GRPOConfig(TimestepConfig, RolloutConfig, RewardConfig, MethodConfig, Guar
         require(ok, "metric_for_best_model", metric, "none of the rewards that are optimised", reason, action)
         if self.guard == "regularize":
             reason, action = "suspicious is what others rank lower", "Name one or two light rewards"
-            require(bool(self.guard_rewards), "guard_rewards", self.guard_rewards, "set", reason, action)
-            parse_specs(self.guard_rewards)
+            ranks = parse_specs(self.guard_rewards)
+            ok = bool(ranks) and not optimised & {spec.target for spec in ranks}
+            require(ok, "guard_rewards", self.guard_rewards, "set to what is not optimised", reason, action)
+            parse_specs([*self.reward_funcs, *self.guard_rewards])  # whose labels must differ
 
     @property
     def optimised(self) -> list[str]:
@@ -197,16 +237,20 @@ class GRPOConfig(TimestepConfig, RolloutConfig, RewardConfig, MethodConfig, Guar
     @property
     def proxy_weights(self) -> dict[str, float]:
         """Of the optimised rewards, by the labels that they have in evaluations."""
-        pairwise = {RewardSpec.parse(self.pairwise_reward).label: self.pairwise_weight} if self.pairwise_reward else {}
-        return {**self.weights, **pairwise}
+        if self.method == "pref_grpo" and self.pairwise_reward is None:
+            return {}  # what the judge prefers has no score, and the rest alone would hide that it is being hacked
+        weights = dict(self.weights)
+        if self.pairwise_reward is not None:
+            label = RewardSpec.parse(self.pairwise_reward).label
+            weights[label] = weights.get(label, 0.0) + self.pairwise_weight
+        return weights
 
     @property
     def evaluated_rewards(self) -> list[str]:
         """With the guard what is optimised is evaluated too, on the same images as what is not."""
         if self.guard == "off":
             return self.eval_rewards
-        known = {spec.label for spec in parse_specs(self.eval_rewards)}
-        return [*self.eval_rewards, *(text for text in self.optimised if RewardSpec.parse(text).label not in known)]
+        return list({RewardSpec.parse(text).label: text for text in [*self.optimised, *self.eval_rewards]}.values())
 
     @property
     def reference_guidance(self) -> float:
@@ -228,6 +272,7 @@ def check_together(model: ModelConfig, judge: VisionJudgeConfig, config: GRPOCon
     """Raise ConfigError for settings of several groups that contradict each other."""
     reason = "rollout and update must be of one policy, whose first ratio is 1"
     require(not (model.use_peft and model.lora_dropout), "lora_dropout", model.lora_dropout, "0", reason, "Set it")
+    config.is_adapter = model.use_peft
     is_judged = config.method == "pref_grpo" and config.pairwise_reward is None
     if is_judged:
         reason, action = "pref_grpo compares images", "Set it and judge_model, or pairwise_reward"

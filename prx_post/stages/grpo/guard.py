@@ -23,20 +23,20 @@ class Guard:
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation: its step, the optimised reward and the held-out judgement, higher being better for both."""
+    """An evaluation: its step, the held-out judgement, higher being better, and each optimised reward, by label."""
 
     step: int
-    optimised: float | None
     held_out: float
+    optimised: dict[str, float]
 
 
 class Watch:
-    """Compares each evaluation with that whose held-out judgement was best: is the optimised reward higher than it was
-    then, but the judgement lower, `guard_patience` times in a row?
+    """Compares each evaluation with that whose held-out judgement was best: are the optimised rewards higher than they
+    were then, but the judgement lower, `guard_patience` times in a row?
 
     Args:
-        weights: of the optimised rewards that evaluations have too, by label; none where only a judge compares images,
-            so that falling judgement alone counts.
+        weights: of the optimised rewards that evaluations have too, by label; empty where a judge alone compares
+            images, so that falling judgement counts alone.
 
     Attributes:
         points: all evaluations so far.
@@ -45,6 +45,7 @@ class Watch:
 
     def __init__(self, config: GRPOConfig, weights: Mapping[str, float]) -> None:
         self._config, self._weights = config, weights
+        self._sign = -1 if config.metric_for_best_model in LOWER_IS_BETTER else 1
         self.points: list[Point] = []
         self.acted: list[int] = []
         self._best: Point | None = None
@@ -52,13 +53,12 @@ class Watch:
 
     def point(self, line: Mapping[str, Any]) -> Point | None:
         """Of an evaluation's metrics; None if they are something else."""
-        name, at = str(self._config.metric_for_best_model), f"{self._config.num_inference_steps}_steps"
+        name, at = self._config.metric_for_best_model, f"{self._config.num_inference_steps}_steps"
         held_out = line.get(f"eval/{name}/{at}")
         if held_out is None:
             return None
-        values = [weight * line[f"eval/{label}/{at}"] for label, weight in self._weights.items()]
-        sign = -1 if name in LOWER_IS_BETTER else 1
-        return Point(line["step"], sum(values) if values else None, sign * held_out)
+        optimised = {label: line[f"eval/{label}/{at}"] for label in self._weights if f"eval/{label}/{at}" in line}
+        return Point(line["step"], self._sign * held_out, optimised)
 
     def add(self, point: Point) -> str | None:
         """Why the guard acts now; None if it does not."""
@@ -67,25 +67,37 @@ class Watch:
         if best is None or point.held_out > best.held_out:
             self._best, self._in_a_row = point, 0
             return None
-        rose = point.optimised is None or best.optimised is None or point.optimised > best.optimised
-        fell = point.held_out < best.held_out
-        self._in_a_row = self._in_a_row + 1 if rose and fell else 0
+        gained = best.held_out - self.points[0].held_out
+        has_fallen = best.held_out - point.held_out > self._config.guard_tolerance * gained
+        self._in_a_row = self._in_a_row + 1 if has_fallen and self._has_risen(best, point) else 0
         if self._in_a_row < self._config.guard_patience:
             return None
         self._in_a_row = 0
         self.acted.append(point.step)
-        name, sign = self._config.metric_for_best_model, -1 if best.held_out < 0 and self._is_lower_better else 1
-        optimised = (
-            "the reward that is optimised cannot be compared between evaluations"
-            if point.optimised is None or best.optimised is None
-            else f"the optimised reward rose from {best.optimised:.4g} to {point.optimised:.4g}"
-        )
-        return (
-            f"since step {best.step} {optimised}, while {name}, which is held out, went from "
-            f"{sign * best.held_out:.4g} to {sign * point.held_out:.4g} (step {point.step}; "
-            f"{self._config.guard_patience} evaluations in a row, guard_patience): the reward is being hacked"
-        )
+        return self._reason(best, point)
 
-    @property
-    def _is_lower_better(self) -> bool:
-        return self._config.metric_for_best_model in LOWER_IS_BETTER
+    def score(self, point: Point) -> float | None:
+        """The optimised rewards as one: each as a fraction of its range so far, weighted; None if there is none."""
+        found = 0.0
+        for label, weight in self._weights.items():
+            values = [p.optimised[label] for p in self.points if label in p.optimised]
+            if label not in point.optimised:
+                return None
+            span = max(values) - min(values)
+            found += weight * (point.optimised[label] - min(values)) / span if span else 0.0
+        return found if self._weights else None
+
+    def _has_risen(self, best: Point, point: Point) -> bool:
+        then, now = self.score(best), self.score(point)
+        return then is None or now is None or now > then
+
+    def _reason(self, best: Point, point: Point) -> str:
+        changes = [
+            f"{label} went from {best.optimised[label]:.4g} to {value:.4g}" for label, value in point.optimised.items()
+        ]
+        return (
+            f"since step {best.step} {', '.join(changes) or 'the optimised judge was asked on'}, but "
+            f"{self._config.metric_for_best_model}, which is held out, from {self._sign * best.held_out:.4g} to "
+            f"{self._sign * point.held_out:.4g} (step {point.step}; {self._config.guard_patience} evaluations in a "
+            f"row, guard_patience): the reward is being hacked"
+        )

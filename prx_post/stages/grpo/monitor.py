@@ -31,6 +31,7 @@ class GuardedMonitor(ImageMonitor):
         super().__post_init__()
         config: Any = self.config
         self._watch = Watch(config, self.proxies)
+        self._stop_reason: str | None = None
 
     @property
     def keeps_best(self) -> bool:
@@ -40,7 +41,9 @@ class GuardedMonitor(ImageMonitor):
     def watch(self, step: int, metrics: dict[str, float]) -> None:
         config: Any = self.config
         point = self._watch.point({**metrics, "step": step}) if config.guard != "off" else None
-        reason = self._watch.add(point) if point is not None else None
+        reason = self._stop_reason  # of an evaluation after which the run was killed, if any
+        if point is not None:
+            reason = self._watch.add(point) or reason
         if point is not None:
             self._report()
         if reason is not None:
@@ -52,8 +55,10 @@ class GuardedMonitor(ImageMonitor):
         config: Any = self.config
         for line in evaluations if config.guard != "off" else []:
             point = self._watch.point(line)
-            if point is not None and self._watch.add(point) is not None:
+            reason = self._watch.add(point) if point is not None else None
+            if reason is not None:
                 self._note_action()
+                self._stop_reason = reason if config.guard == "stop" else None
 
     def _act(self, reason: str) -> None:
         config: Any = self.config
@@ -105,7 +110,7 @@ class GuardedMonitor(ImageMonitor):
         def write() -> None:
             report = TrainingReport(
                 title=folder.name,
-                points=[(p.step, p.optimised, p.held_out) for p in self._watch.points],
+                points=[(p.step, self._watch.score(p), p.held_out) for p in self._watch.points],
                 held_out=str(config.metric_for_best_model),
                 acted=list(self._watch.acted),
                 guard=config.guard,

@@ -30,7 +30,8 @@ from prx_post.stages.grpo.advantages import learnt_from
 from prx_post.stages.grpo.config import GRPOConfig
 from prx_post.stages.grpo.guard import Guard
 from prx_post.stages.grpo.objective import guided_ask
-from prx_post.stages.grpo.scoring import FEATURES, Background, Rows, Scorer, Scores, Scoring
+from prx_post.stages.grpo.scoring import Background, Rows, Scorer, Scores, Scoring
+from prx_post.stages.grpo.settings import FEATURES
 from prx_post.stages.grpo.trajectories import Seeded, Trajectories, Transition, sample_trajectories
 from prx_post.stages.grpo.windows import Window, window_of
 from prx_post.stages.prompted import noise_seeds
@@ -108,16 +109,33 @@ class Rollouts:
         self._current = Rollout(NONE)
         self._ahead: Rollout | None = None
         self._constant_in_a_row = 0
+        self._is_spent = False
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Of a rollout ahead, the images without their scores: what waits for these is the training step alone."""
+        """A rollout that all its steps have trained on is left out. Of a rollout ahead there are the images without
+        their
+        scores: what waits for these is the training step alone.
+        """
         ahead = self._ahead or Rollout(NONE)
-        info = {"rollout": self._current.number, "ahead": ahead.number, "constant_in_a_row": self._constant_in_a_row}
-        tensors = {f"{CURRENT}{name}": value for name, value in self._current.tensors.items()}
+        current = Rollout(NONE) if self._is_spent else self._current
+        info = {
+            "rollout": current.number,
+            "ahead": ahead.number,
+            "constant_in_a_row": self._constant_in_a_row,
+            "made_with": [self._made_with(rollout.number) for rollout in (current, ahead)],
+        }
+        tensors = {f"{CURRENT}{name}": value for name, value in current.tensors.items()}
         return info, tensors | {f"{AHEAD}{name}": value for name, value in ahead.tensors.items()}
 
     def load_state(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Raises PrxPostError if what was generated was generated with other settings."""
         self._constant_in_a_row = info["constant_in_a_row"]
+        if info["made_with"] != [self._made_with(info[name]) for name in ("rollout", "ahead")]:
+            raise PrxPostError(
+                "the checkpoint's rollout was generated with another grid, window, noise level or trust region "
+                "(num_inference_steps, shift_terminal, window_rollouts, noise_level, normalise_ratio, max_divergence). "
+                "Set them back, or start a new run from the emitted pipeline."
+            )
         self._current = self._loaded(info["rollout"], tensors, CURRENT)
         if info["ahead"] != NONE:
             self._ahead = self._loaded(info["ahead"], tensors, AHEAD)
@@ -127,6 +145,7 @@ class Rollouts:
     def batches(self, step: int) -> Iterator[Batch]:
         number, within = divmod(step, self.config.steps_per_rollout)
         metrics = {} if number == self._current.number else self._next(number)
+        self._is_spent = within == self.config.steps_per_rollout - 1
         for batch in self._trained(within, step):
             yield {**batch, "metrics": metrics}
             metrics = {}
@@ -162,6 +181,13 @@ class Rollouts:
         ]
         places = torch.tensor([group * size + k for group in groups for k in range(size)])
         return Rollout(number, groups, prompts, seeds, {PLACES: places})
+
+    def _made_with(self, number: int) -> list[Any]:
+        """What the tensors of a rollout mean nothing without."""
+        if number == NONE:
+            return []
+        window, names = window_of(self.config, number), self._kept_names()
+        return [self.sigmas.tolist(), list(window.random), list(window.trained), self.config.sampler_noise, names]
 
     def _loaded(self, number: int, tensors: dict[str, Tensor], prefix: str) -> Rollout:
         """A rollout of a checkpoint: of all processes' images, this one's."""
@@ -223,11 +249,14 @@ class Rollouts:
 
     def _kept(self, trajectories: Trajectories) -> dict[str, Tensor]:
         """What training needs of them, on the host: clean latents, or the trained steps, [B, K, ...]."""
-        names = ["x_t", "x_next", "log_prob"] if self.config.is_policy_gradient else []
-        if self.config.normalise_ratio or self.config.max_divergence is not None:
-            names.append("mean")
-        steps = {name: torch.stack(getattr(trajectories, name), dim=1).cpu() for name in names}
+        steps = {name: torch.stack(getattr(trajectories, name), dim=1).cpu() for name in self._kept_names()}
         return {"x0": trajectories.x0.cpu(), **steps}
+
+    def _kept_names(self) -> list[str]:
+        if not self.config.is_policy_gradient:
+            return []
+        has_mean = self.config.normalise_ratio or self.config.max_divergence is not None
+        return ["x_t", "x_next", "log_prob", *(["mean"] if has_mean else [])]
 
     def _prompts(self, rows: Sequence[int], has_null: bool) -> dict[str, Tensor]:
         """Embeddings of the prompts of these rows, and if that is asked for the empty prompt's."""
@@ -330,8 +359,7 @@ class Rollouts:
         }
         if config.is_policy_gradient:
             step = window_of(config, rollout.number).trained[row]
-            names = [name for name in ("x_t", "x_next", "log_prob", "mean") if name in tensors]
-            batch |= {name: tensors[name][images, row] for name in names}
+            batch |= {name: tensors[name][images, row] for name in self._kept_names()}
             return batch | {
                 "sigma": self.sigmas[step].expand(len(seeds)),
                 "sigma_next": self.sigmas[step + 1].expand(len(seeds)),

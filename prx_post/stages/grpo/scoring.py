@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,13 +23,13 @@ from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.rewards.judges.pairwise import PairwiseJudge, PointwiseJudge, compare_groups
 from prx_post.rewards.judges.vision_judge import VisionJudge
 from prx_post.rewards.registry import RewardSpec, parse_specs
-from prx_post.rewards.reward import Reward, checked
+from prx_post.rewards.reward import Reward, check_rows, score_rows
 from prx_post.stages.grpo.config import GRPOConfig
-from prx_post.stages.grpo.settings import WIN_RATE
+from prx_post.stages.grpo.guard import Guard
+from prx_post.stages.grpo.settings import FEATURES, WIN_RATE
 
 Scores = dict[str, Tensor]
-"""By reward, [P, G] fp32; `features`, [P, G, D], if they are asked for."""
-FEATURES = "features"
+"""By reward, [P, G] fp32; FEATURES, [P, G, D], while the guard regularizes."""
 Rows = Sequence[Mapping[str, Any]]
 """Of the prompts file: a `prompt` each, and what else rewards read."""
 
@@ -41,7 +41,7 @@ class Scorer:
     Attributes:
         rewards: by label, those that are optimised and those that only rank.
         judge: compares the images of a group with each other.
-        encoder: makes features of images.
+        encoder: makes features of images while `guard` regularizes.
         weights: of what is optimised, by label.
     """
 
@@ -49,9 +49,10 @@ class Scorer:
     judge: PairwiseJudge | None
     weights: dict[str, float]
     encoder: Encoder | None = None
+    guard: Guard = field(default_factory=Guard)
 
     @classmethod
-    def open(cls, config: GRPOConfig, judge: VisionJudgeConfig, rows: Rows) -> "Scorer":
+    def open(cls, config: GRPOConfig, judge: VisionJudgeConfig, rows: Rows, guard: Guard) -> "Scorer":
         """Raises PrxPostError if a reward is not installed, its weights are missing, or it cannot score a prompt."""
         device = str(default_device())
         specs = parse_specs(config.reward_funcs)
@@ -62,7 +63,7 @@ class Scorer:
             weights = {**weights, WIN_RATE: config.pairwise_weight}
             compares = VisionJudge(judge) if config.pairwise_reward is None else _pointwise(config, device)
         encoder = open_encoder(config.guard_encoder, default_device(), "float32", 16) if config.guard_encoder else None
-        scorer = cls(rewards, compares, weights, encoder)
+        scorer = cls(rewards, compares, weights, encoder, guard)
         scorer.check(rows)
         return scorer
 
@@ -70,14 +71,7 @@ class Scorer:
         """Raise PrxPostError for a prompt that cannot be scored, or that lacks what a reward reads."""
         prompts = [row["prompt"] for row in rows]
         for label, reward in self.rewards.items():
-            reward.check(prompts)
-            needed: frozenset[str] = getattr(reward, "required_columns", frozenset())
-            for row in rows:
-                if absent := sorted(needed - row.keys()):
-                    raise PrxPostError(
-                        f"the reward {label} reads {', '.join(absent)}, which prompts_file lacks for the prompt "
-                        f"{row['prompt']!r}. Add it to the file's rows, or choose another reward."
-                    )
+            check_rows(reward, label, rows, "prompts_file")
         if self.judge is not None:
             self.judge.check(prompts)
 
@@ -86,13 +80,13 @@ class Scorer:
         size = len(groups[0])
         images, repeated = list(itertools.chain(*groups)), [row for row in rows for _ in range(size)]
         scores = {
-            label: _score(label, reward, images, repeated).view(len(rows), size)
+            label: score_rows(reward, label, images, repeated).view(len(rows), size)
             for label, reward in self.rewards.items()
         }
         if self.judge is not None:
             prompts = [row["prompt"] for row in rows]
             scores[WIN_RATE] = pairwise_win_rates(compare_groups(self.judge, prompts, groups))
-        if self.encoder is not None:
+        if self.encoder is not None and self.guard.regularizes:
             scores[FEATURES] = torch.from_numpy(self.encoder(images)).view(len(rows), size, -1)
         return scores
 
@@ -105,16 +99,12 @@ class Scorer:
 
 def _pointwise(config: GRPOConfig, device: str) -> PointwiseJudge:
     reward = RewardSpec.parse(str(config.pairwise_reward)).load(device=device)
+    if getattr(reward, "takes_columns", False):
+        raise PrxPostError(
+            f"pairwise_reward is {config.pairwise_reward!r}, which is of TRL's form, but must take (images, prompts) "
+            f"because it is asked about images alone. Change its parameters."
+        )
     return PointwiseJudge(reward, config.pairwise_temperature)
-
-
-def _score(label: str, reward: Reward, images: Sequence[Image.Image], rows: Rows) -> Tensor:
-    prompts = [row["prompt"] for row in rows]
-    if not getattr(reward, "takes_columns", False):
-        return checked(reward(images, prompts), label, len(images))
-    names = set().union(*rows) - {"prompt"}
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    return checked(reward(images, prompts, columns), label, len(images))  # type: ignore[call-arg]
 
 
 class Background:
@@ -133,6 +123,8 @@ class Background:
         return future
 
     def _run(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(default_device())  # a new thread's is the first GPU, whichever the process has
         while True:
             future, work = self._queue.get()
             try:

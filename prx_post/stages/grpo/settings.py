@@ -16,13 +16,17 @@ NOISE_LEVELS = {"sde": 0.7, "cps": 0.8, "dance": 0.3, "renoise": None}
 WINDOW_SIZES = {"all": None, "fast": 2, "mix": 4, "subset": 2}
 WIN_RATE = "win_rate"
 """What the pairwise judge's reward is called."""
+FEATURES = "features"
+"""What features of images are called, beside their rewards."""
 
 
 @dataclass
 class RolloutConfig:
     """Groups of images that the policy generates, and how often it is trained on them."""
 
-    num_generations: int = doc("Images per prompt: the group that advantages are relative to.", 8, at_least=2)
+    num_generations: int = doc(
+        "Images per prompt: the group that advantages are relative to.", 8, at_least=2, resume="fixed"
+    )
     prompts_per_rollout: int = doc("Prompts of a rollout, on all processes.", 16, above=0, resume="fixed")
     steps_per_generation: int = doc(
         "Optimizer steps in which a rollout is gone through once, each on as many of its groups.",
@@ -121,8 +125,9 @@ class RewardConfig:
         require(ok, "reward_weights", given, f"{len(labels)} numbers", reason, action)
         reason, action = "all would be added as nothing", "Correct it"
         require(given is None or all(w != 0 for w in given), "reward_weights", given, "other than 0", reason, action)
-        reason, action = "win rates go by it", "Write another label before the reward, as in label=..."
-        require(WIN_RATE not in labels, "reward_funcs", self.reward_funcs, f"without {WIN_RATE}", reason, action)
+        reason, action = "what is no reward goes by it", "Write another label before the reward, as in label=..."
+        ok, rule = not {WIN_RATE, FEATURES} & set(labels), f"without {WIN_RATE} and {FEATURES}"
+        require(ok, "reward_funcs", self.reward_funcs, rule, reason, action)
         if self.pairwise_reward is not None:
             RewardSpec.parse(self.pairwise_reward)
 
@@ -167,7 +172,9 @@ class MethodConfig:
         None,
         above=0,
     )
-    noises_per_image: int = doc("Timesteps and noises at which each image is trained a time.", 1, above=0)
+    noises_per_image: int = doc(
+        "Timesteps and noises at which each image is trained a time.", 1, above=0, resume="fixed"
+    )
     old_policy_decay: float | None = doc(
         "Of the lagged policy of nft, dgpo and awm, per rollout; null: dgpo 0.5, nft up to 0.5, awm up to 0.3.",
         None,
@@ -204,13 +211,28 @@ class GuardConfig:
     """What happens when the reward that is optimised rises while held-out judgement falls."""
 
     guard: str = doc(
-        "`stop`, `lower_lr`, `regularize` (GARDO), `warn`; or `off`, which needs no evaluations.",
+        "`stop` (the best by that judgement is emitted in any case), `lower_lr`, `regularize` (GARDO), `warn`; or "
+        "`off`, which needs no evaluations.",
         "warn",
         one_of=("stop", "lower_lr", "regularize", "warn", "off"),
+        resume="fixed",
     )
-    guard_patience: int = doc("Evaluations in a row in which that happens before the guard acts.", 2, above=0)
+    guard_patience: int = doc(
+        "Evaluations in a row in which that happens before the guard acts.", 2, above=0, resume="fixed"
+    )
+    guard_tolerance: float = doc(
+        "How far the judgement must fall below its best to count, as a fraction of what it had gained since the start.",
+        0.1,
+        between=(0, 1),
+        resume="fixed",
+    )
     guard_lr_factor: float = doc(
-        "lower_lr: what the learning rate is multiplied by.", 0.3, above=0, below=1, action="Set it to 0.3"
+        "lower_lr: what the learning rate is multiplied by.",
+        0.3,
+        above=0,
+        below=1,
+        action="Set it to 0.3",
+        resume="fixed",
     )
     guard_rewards: list[str] = doc(
         "regularize: light rewards by which images are ranked besides; one that the optimised reward ranks far higher "

@@ -1,13 +1,14 @@
 """Online alignment of a PRX transformer, of all weights or a LoRA adapter."""
 
-import dataclasses
+import json
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 
-from prx_post.base.errors import ConfigError
+from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.data.buckets import Size
+from prx_post.data.cache import content_key
 from prx_post.data.config import PromptConfig
 from prx_post.data.encoding import EncodedCache
 from prx_post.engine.protocols import Batch, Monitor, Objective
@@ -29,6 +30,9 @@ from prx_post.stages.prompted import encode_prompt_set, read_prompts
 from prx_post.stages.references import earlier_policy
 from prx_post.stages.registry import RolloutWork
 
+LENGTHS_READ = 5000
+"""More prompts than these are padded to the tokenizer's maximum, as their lengths would take long to read."""
+
 
 class GRPO(PipelineStage):
     name, configs = "grpo", CONFIGS
@@ -48,7 +52,7 @@ class GRPO(PipelineStage):
         self.rollout_size = self._rollout_size()
         self.sigmas = self._grid()
         self.rows = [] if planned else read_prompts(self.prompts_file, self.cleaner)
-        self.scorer = None if planned else Scorer.open(config, judge, self.rows)
+        self.scorer = None if planned else Scorer.open(config, judge, self.rows, self.guard)
 
     def _rollout_size(self) -> Size:
         config = self.config
@@ -81,9 +85,19 @@ class GRPO(PipelineStage):
         config = self.config
         rewards = ", ".join([*config.reward_funcs, *(["a judge"] if config.method == "pref_grpo" else [])])
         prompts = [row["prompt"] for row in self.rows]
-        data = encode_prompt_set(self, run, prompts, self.prompts_file, f"rewarded by {rewards}")
+        return encode_prompt_set(self, run, prompts, self.prompts_file, f"rewarded by {rewards}")
+
+    def identity(self, run: Run, data: Encoded) -> dict[str, str]:
+        """Raises PrxPostError if a run is resumed with other rewards."""
         assert self.scorer is not None
-        return dataclasses.replace(data, told=self.scorer.identity)
+        digest = content_key(json.dumps(self.scorer.identity))
+        if run.saved is not None and run.saved.info["rewards"] != digest:
+            raise PrxPostError(
+                f"the rewards are {', '.join(self.scorer.identity)}, but {run.saved.folder} was trained with others, "
+                f"or "
+                f"with other weights of theirs. Set them back, or start a new run from the emitted pipeline."
+            )
+        return {**super().identity(run, data), "rewards": digest}
 
     def objective(self, run: Run, data: Any) -> OnlineObjective:
         config, policy = self.config, self.policy(run)
@@ -124,7 +138,7 @@ class GRPO(PipelineStage):
 
     def _pad_length(self, cache: EncodedCache, data: Encoded) -> int:
         """One for all batches: attention over another number of tokens has other last bits."""
-        if self.config.torch_compile:
+        if self.config.torch_compile or len(data.samples) > LENGTHS_READ:
             return self.pipeline.max_prompt_tokens
         return max(len(data.embed("")), *(len(cache.embeddings[sample.prompt_key]) for sample in data.samples))
 
