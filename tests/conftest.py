@@ -34,8 +34,15 @@ def _quiet_home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
-    """Accelerate keeps the precision of the first run of a process; every test starts anew."""
+    """Accelerate keeps the precision of the first run of a process, and DeepSpeed wants a launcher's variables even
+    alone, by which the next run would take itself for one of several; every test starts anew.
+    """
+    from tests.processes import LAUNCHERS_OWN
+
+    absent = [name for name in LAUNCHERS_OWN if name not in os.environ]
     yield
+    for name in absent:
+        os.environ.pop(name, None)
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -104,12 +104,12 @@ def deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
             offload_optimizer_device="cpu" if config.deepspeed.endswith("_offload") else "none",
             zero3_init_flag=False,
         )
-    if "RANK" not in os.environ:  # a single process without a launcher: DeepSpeed still wants a process group
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     settings = plugin.deepspeed_config
     zero = settings["zero_optimization"]
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     config.check_zero(int(zero.get("stage", 0)), offload)
+    if "RANK" not in os.environ:  # a single process without a launcher: DeepSpeed still wants a process group
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     # what the loop itself decides
     settings["train_micro_batch_size_per_gpu"] = config.per_device_train_batch_size
     settings["train_batch_size"] = "auto"
