@@ -95,8 +95,7 @@ def sde_step(
     sigma, sigma_next = _level(sigma, x_t), _level(sigma_next, x_t)
     below_one = torch.where(sigma < 1, sigma, torch.full_like(sigma, sigma_max))
     diffusion = noise_level * (sigma / (1 - below_one)).sqrt()
-    mean, std = _diffuse(x_t, velocity, sigma, sigma_next, diffusion)
-    return _gaussian_step(mean, std, generator, noise, x_next)
+    return _gaussian_step(*_diffuse(x_t, velocity, sigma, sigma_next, diffusion), generator, noise, x_next)
 
 
 def dance_step(
@@ -112,8 +111,8 @@ def dance_step(
 ) -> SDEStep:
     """As `sde_step`, with the diffusion s = noise_level at every σ (DanceGRPO, Xue et al. 2025)."""
     sigma, sigma_next = _level(sigma, x_t), _level(sigma_next, x_t)
-    mean, std = _diffuse(x_t, velocity, sigma, sigma_next, torch.full_like(sigma, noise_level))
-    return _gaussian_step(mean, std, generator, noise, x_next)
+    diffusion = torch.full_like(sigma, noise_level)
+    return _gaussian_step(*_diffuse(x_t, velocity, sigma, sigma_next, diffusion), generator, noise, x_next)
 
 
 def cps_step(

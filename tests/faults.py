@@ -128,6 +128,16 @@ def numbers(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in clock and "seconds/" not in k} for line in lines]
 
 
+def stopped_after(run: Path, step: int, folder: Path) -> Path:
+    """A run's folder as it would be had `run`, which is left alone, been stopped with the checkpoint of `step`."""
+    folder.mkdir(exist_ok=True)
+    name = f"checkpoint-{step:06d}"
+    shutil.copytree(run / name, folder / name)
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        shutil.copy(run / file, folder / file)
+    return folder
+
+
 def differences(run: Path, reference: Path) -> list[str]:
     """Names of what is not bit-identical in two finished runs: weights, and `metrics`."""
     ours, theirs = weights(run), weights(reference)

@@ -25,10 +25,10 @@ def entropy(image: Image.Image) -> float:
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageStatistics:
     edge_energy: float
     entropy: float
 
     @classmethod
-    def of(cls, image: Image.Image) -> "Look":
+    def of(cls, image: Image.Image) -> "ImageStatistics":
         return cls(edge_energy(image), entropy(image))

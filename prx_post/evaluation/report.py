@@ -56,7 +56,7 @@ def write_report(
     tables = [(title, [part for part in parts if part.kind == kind]) for kind, title in KINDS.items()]
     series, quality = charts.quality_charts(summary)
     page = (
-        _environment()
+        page_environment()
         .get_template("report.html.j2")
         .render(
             summary=summary,
@@ -156,6 +156,6 @@ def _strips(jobs: Sequence[Job], galleries: Sequence[Gallery]) -> list[dict[str,
     return strips
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
     loader = PackageLoader("prx_post", "evaluation")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

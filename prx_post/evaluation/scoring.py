@@ -21,7 +21,7 @@ from prx_post.model.sampler import default_device
 from prx_post.rewards.cache import CachedReward, ScoreCache
 from prx_post.rewards.judges.pairwise import PairwiseJudge
 from prx_post.rewards.registry import parse_specs
-from prx_post.rewards.reward import Reward
+from prx_post.rewards.reward import Reward, score_rows
 
 CHUNK = 64
 """Images in memory at a time."""
@@ -82,7 +82,7 @@ def score(
             title = f"{name} of {gallery.spec.name}"
             for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=ranks.rank > 0, leave=False):
                 part = own[start : start + CHUNK]
-                found += zip(part, _score_chunk(known, gallery, [jobs[i] for i in part]), strict=True)
+                found += zip(part, _score_chunk(known, name, gallery, [jobs[i] for i in part]), strict=True)
             values = np.full(len(jobs), np.nan)
             for i, value in ranks.gather(found):
                 values[i] = value
@@ -93,13 +93,9 @@ def score(
     return scores
 
 
-def _score_chunk(reward: Reward, gallery: Gallery, jobs: Sequence[Job]) -> list[float]:
-    images, prompts = list(gallery.images(jobs)), [job.prompt for job in jobs]
-    if getattr(reward, "takes_columns", False):
-        names = set().union(*(job.columns for job in jobs)) - {"prompt"}
-        columns = {name: [job.columns.get(name) for job in jobs] for name in names}
-        return reward(images, prompts, columns).tolist()  # type: ignore[call-arg]
-    return reward(images, prompts).tolist()
+def _score_chunk(reward: Reward, name: str, gallery: Gallery, jobs: Sequence[Job]) -> list[float]:
+    rows = [{**job.columns, "prompt": job.prompt} for job in jobs]
+    return score_rows(reward, name, list(gallery.images(jobs)), rows).tolist()
 
 
 def compare(

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from prx_post.base.files import write_bytes
 from prx_post.evaluation.charts import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, Tick, axis_ticks
-from prx_post.evaluation.report import data_uri
+from prx_post.evaluation.report import data_uri, page_environment
 
 FILM = "film"
 """Folder of a run with an image per evaluation: its images below each other."""
@@ -66,22 +65,22 @@ class Curve:
 
 def write_training_report(folder: Path, path: Path, report: TrainingReport) -> None:
     """Render the page of the run in `folder`."""
-    loader = PackageLoader("prx_post", "evaluation")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     end = max([line["step"] for line in (*report.evaluations, *report.metrics)], default=1)
     main = [curve(title, points, report.acted, end) for title, points in _main(report)]
     others = {
         EVALUATED: _curves(report.evaluations, report.acted, end, skip=("step",)),
         LOGGED: _curves(report.metrics, report.acted, end, skip=("step", "time")),
     }
-    page = environment.get_template("training.html.j2").render(
-        report=report,
-        main=main,
-        others=others,
-        box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
-        film=_film(folder, report),
+    page = (
+        page_environment()
+        .get_template("training.html.j2")
+        .render(
+            report=report,
+            main=main,
+            others=others,
+            box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
+            film=_film(folder, report),
+        )
     )
     write_bytes(path, page.encode("utf-8", "replace"))
 

@@ -3,13 +3,12 @@
 No weights are loaded, and none need be there: a pipeline's JSON files are enough.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from prx_post.base.parsing import parse
+from prx_post.base.parsing import parse, setting
 from prx_post.base.settings import check_fields, doc
 from prx_post.engine.config import require_whole_matrices
 from prx_post.planning import generation, report
@@ -50,7 +49,7 @@ def run(args: Sequence[str]) -> None:
 
 def check(args: Sequence[str]) -> tuple[Planner, PlanConfig]:
     """Read and check the settings. Raises PrxPostError as the stage itself would."""
-    name = _stage_name(args)
+    name = str(setting(args, "stage") or "sft")  # which says what settings there are
     *configs, plan = parse([*find(name).configs(), PlanConfig], args, "prx-post plan")
     config = configs[-1]
     parallel = read_parallel(config, plan.accelerate_config, plan.num_processes)
@@ -59,12 +58,6 @@ def check(args: Sequence[str]) -> tuple[Planner, PlanConfig]:
         config.check_zero(parallel.zero_stage, parallel.offload)
     config.settle(parallel.num_processes)
     return Planner(name, configs, parallel), plan
-
-
-def _stage_name(args: Sequence[str]) -> str:
-    """Needed before the settings can be read, because it says which there are."""
-    flat = [part for arg in args for part in arg.split("=", 1)]
-    return next((value for flag, value in itertools.pairwise(flat) if flag == "--stage"), "sft")
 
 
 def lines(planner: Planner, plan: PlanConfig) -> list[str]:

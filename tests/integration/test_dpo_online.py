@@ -9,7 +9,7 @@ import torch
 
 from prx_post.cli import main
 from prx_post.engine.checkpointing import open_checkpoint
-from tests.faults import differences, numbers
+from tests.faults import differences, numbers, stopped_after
 from tests.pairing import dpo_arguments
 from tests.processes import run
 
@@ -62,12 +62,7 @@ def test_a_round_begins_with_the_policy_as_its_reference(prompts, warm_cache, tm
 def test_it_resumes_inside_a_round_and_between_two_to_the_bit(prompts, warm_cache, tmp_path, kind, step):
     changes = {**ROUNDS, "save_steps": 1, **(LORA if kind == "lora" else {})}
     assert main(arguments(prompts, warm_cache, tmp_path / "whole", **changes)) == 0
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    name = f"checkpoint-{step:06d}"
-    shutil.copytree(tmp_path / "whole" / name, broken / name)
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        shutil.copy(tmp_path / "whole" / file, broken / file)
+    broken = stopped_after(tmp_path / "whole", step, tmp_path / "broken")
     assert main(arguments(prompts, warm_cache, broken, **changes)) == 0
     assert differences(broken, tmp_path / "whole") == []
 

@@ -1,14 +1,13 @@
 """`prx-post grpo` from its command line: every method, resuming, and what rollouts may not depend on."""
 
 import json
-import shutil
 
 import pytest
 import torch
 
 from prx_post.cli import main
 from prx_post.engine.checkpointing import open_checkpoint
-from tests.faults import differences, numbers
+from tests.faults import differences, numbers, stopped_after
 from tests.rolling import LORA, grpo_arguments
 
 FORWARD = {"rollout_sampler": "ode", "epsilon": 1e-2}
@@ -55,11 +54,7 @@ def test_a_method_runs_resumes_inside_a_rollout_to_the_bit_and_begins_at_ratio_o
         exact = 0 if name in ("grpo", "guard", "dppo") else 1e-6
         assert lines[0]["log_ratio_abs"] == pytest.approx(0, abs=exact)
         assert lines[1]["log_ratio_abs"] > 1e-7
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    shutil.copytree(whole(name) / "checkpoint-000006", broken / "checkpoint-000006")
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        shutil.copy(whole(name) / file, broken / file)
+    broken = stopped_after(whole(name), 6, tmp_path / "broken")
     assert main(grpo_arguments(prompts, warm_cache, broken, **METHODS[name])) == 0
     assert differences(broken, whole(name)) == []
 
@@ -143,11 +138,7 @@ def test_waiting_for_scores_changes_nothing_and_a_rollout_ahead_lags_and_says_so
     assert lags == [0, 4]
     assert ours[:4] == theirs[:4]
     assert ours[4]["ratio"] != pytest.approx(1, abs=1e-7)  # of images that the policy of four steps ago generated
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    shutil.copytree(tmp_path / "run" / "checkpoint-000002", broken / "checkpoint-000002")
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        shutil.copy(tmp_path / "run" / file, broken / file)
+    broken = stopped_after(tmp_path / "run", 2, tmp_path / "broken")
     assert main(grpo_arguments(prompts, warm_cache, broken, **changes)) == 0
     assert differences(broken, tmp_path / "run") == []
 
@@ -227,11 +218,7 @@ def test_a_columns_reward_reads_the_prompts_other_keys(prompts, warm_cache, tmp_
 def test_lora_trains_and_resumes_with_its_lagged_policy(prompts, warm_cache, tmp_path):
     changes = {"method": "dgpo", **FORWARD, **LORA}
     assert main(grpo_arguments(prompts, warm_cache, tmp_path / "whole", **changes)) == 0
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    shutil.copytree(tmp_path / "whole" / "checkpoint-000006", broken / "checkpoint-000006")
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        shutil.copy(tmp_path / "whole" / file, broken / file)
+    broken = stopped_after(tmp_path / "whole", 6, tmp_path / "broken")
     assert main(grpo_arguments(prompts, warm_cache, broken, **changes)) == 0
     assert differences(broken, tmp_path / "whole") == []
     assert (tmp_path / "whole" / "final-adapter" / "adapter_model.safetensors").is_file()
@@ -241,16 +228,14 @@ def test_lora_trains_and_resumes_with_its_lagged_policy(prompts, warm_cache, tmp
 def test_a_rollout_is_not_continued_with_settings_that_its_rows_mean_nothing_under(
     whole, prompts, warm_cache, tmp_path, capsys, changes
 ):
-    shutil.copytree(whole("grpo") / "checkpoint-000006", tmp_path / "checkpoint-000006")
-    shutil.copy(whole("grpo") / "samples.jsonl", tmp_path / "samples.jsonl")
+    stopped_after(whole("grpo"), 6, tmp_path)
     given = {**METHODS["grpo"], **changes}
     assert main(grpo_arguments(prompts, warm_cache, tmp_path, **given)) == 2
     assert "rollout was generated with another grid, window, noise level or trust region" in capsys.readouterr().err
 
 
 def test_other_rewards_on_resuming_are_named(whole, prompts, warm_cache, tmp_path, capsys):
-    shutil.copytree(whole("grpo") / "checkpoint-000006", tmp_path / "checkpoint-000006")
-    shutil.copy(whole("grpo") / "samples.jsonl", tmp_path / "samples.jsonl")
+    stopped_after(whole("grpo"), 6, tmp_path)
     assert main(grpo_arguments(prompts, warm_cache, tmp_path, **METHODS["grpo"], reward_funcs="ocr_probability")) == 2
     assert "the rewards are ocr probability" in capsys.readouterr().err
 

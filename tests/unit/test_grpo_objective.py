@@ -7,7 +7,7 @@ import torch
 from prx_post.base.errors import ConfigError
 from prx_post.model.checkpoint import load
 from prx_post.model.frozen import FrozenCopy
-from prx_post.stages.grpo.advantages import learnt_from
+from prx_post.stages.grpo.advantages import compute_advantages
 from prx_post.stages.grpo.config import GRPOConfig
 from prx_post.stages.grpo.guard import Guard
 from prx_post.stages.grpo.objective import ForwardProcess
@@ -103,10 +103,10 @@ def test_the_lagged_policy_follows_after_each_rollout_and_the_reference_when_it_
 def test_weights_leave_out_groups_without_variance_step_by_step():
     combined = torch.tensor([[0.0, 1.0], [2.0, 2.0], [3.0, 3.0], [4.0, 4.0]])
     config = config_of(num_generations=2, steps_per_generation=2)
-    taught = learnt_from(config, Guard(), combined, {"ocr": combined}, {"ocr": 1.0}, None)
-    assert taught["weight"].tolist() == [[2, 2], [0, 0], [0, 0], [0, 0]]
-    assert not taught["advantages"][1:].any()
-    assert "kl_weight" not in taught
+    targets = compute_advantages(config, Guard(), combined, {"ocr": combined}, {"ocr": 1.0}, None)
+    assert targets["weight"].tolist() == [[2, 2], [0, 0], [0, 0], [0, 0]]
+    assert not targets["advantages"][1:].any()
+    assert "kl_weight" not in targets
 
 
 def test_regularizing_marks_what_only_the_optimised_reward_likes_and_divides_by_no_deviation():
@@ -122,9 +122,9 @@ def test_regularizing_marks_what_only_the_optimised_reward_likes_and_divides_by_
         **{"eval_steps": 5, "eval_rewards": ["judge_exact"], "metric_for_best_model": "judge_exact"},
     )
     guard = Guard(regularizes=True)
-    taught = learnt_from(config, guard, optimised, {"ocr": optimised, "light": others}, {"ocr": 1.0}, None)
-    assert taught["kl_weight"].tolist() == [[0, 1], [0, 0]]
-    assert taught["advantages"].tolist() == [[-5, 5], [-0.5, 0.5]]  # clipped at 5
+    targets = compute_advantages(config, guard, optimised, {"ocr": optimised, "light": others}, {"ocr": 1.0}, None)
+    assert targets["kl_weight"].tolist() == [[0, 1], [0, 0]]
+    assert targets["advantages"].tolist() == [[-5, 5], [-0.5, 0.5]]  # clipped at 5
 
 
 @pytest.mark.parametrize(

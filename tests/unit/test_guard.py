@@ -6,7 +6,7 @@ from PIL import Image
 from prx_post.evaluation.pixels import edge_energy, entropy
 from prx_post.evaluation.training_report import FILM, TrainingReport, write_training_report
 from prx_post.stages.grpo.config import GRPOConfig
-from prx_post.stages.grpo.guard import Watch
+from prx_post.stages.grpo.guard import HackingDetector
 
 
 def watch(metric="judge_exact", weights=None, **changes):
@@ -14,7 +14,7 @@ def watch(metric="judge_exact", weights=None, **changes):
         **{"output_dir": "runs/x", "reward_funcs": ["ocr"], "eval_steps": 5, "eval_rewards": ["judge_exact"]},
         **{"eval_encoder": "judge", "metric_for_best_model": metric, "guard_patience": 2, "num_inference_steps": 4},
     }
-    return Watch(GRPOConfig(**{**given, **changes}), {"ocr": 1.0} if weights is None else weights)
+    return HackingDetector(GRPOConfig(**{**given, **changes}), {"ocr": 1.0} if weights is None else weights)
 
 
 def acts(watched, *pairs, metric="judge_exact"):

@@ -10,7 +10,7 @@ from prx_post.model.checkpoint import load
 from prx_post.sampling import euler_sample
 from prx_post.stages.grpo.config import GRPOConfig
 from prx_post.stages.grpo.guard import Guard
-from prx_post.stages.grpo.objective import PolicyGradient, guided_ask
+from prx_post.stages.grpo.objective import PolicyGradient, batch_velocity
 from prx_post.stages.grpo.trajectories import Seeded, sample_trajectories, transition_of
 from prx_post.stages.grpo.windows import Window, window_of
 from tests import distilling
@@ -50,7 +50,7 @@ def rolled_out(tiny, config, window, seeds=SEEDS):
 
     def velocity_of(places):
         own = {name: value[list(places)] for name, value in batch.items()}
-        return lambda x, t: guided_ask(objective.ask, x, t, own, config.rollout_guidance_scale)
+        return lambda x, t: batch_velocity(objective.velocity, x, t, own, config.rollout_guidance_scale)
 
     made = sample_trajectories(velocity_of, seeds, sigmas, transition, window, SHAPE, torch.device("cpu"))
     return objective, made, batch, sigmas
@@ -79,9 +79,9 @@ def test_a_rollout_without_noise_is_the_ode(tiny, sampler):
     config = config_of(rollout_sampler=sampler, noise_level=1e-12)
     _, made, batch, sigmas = rolled_out(tiny, config, window_of(config, 0))
     cond = {name: batch[name] for name in ("prompt_embeds", "prompt_mask")}
-    ask = PolicyGradient(tiny.transformer, config, Guard()).ask
+    velocity = PolicyGradient(tiny.transformer, config, Guard()).velocity
     whole = euler_sample(
-        lambda x, t: guided_ask(ask, x, t, cond, 1.0), seeded_noise([s.own for s in SEEDS], SHAPE), sigmas
+        lambda x, t: batch_velocity(velocity, x, t, cond, 1.0), seeded_noise([s.own for s in SEEDS], SHAPE), sigmas
     )
     torch.testing.assert_close(made.x0, whole, atol=1e-5, rtol=1e-5)
 

@@ -8,21 +8,18 @@ from torch import Tensor
 
 from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Prompts
 from prx_post.flow import interpolate, velocity_target
-from prx_post.model.denoiser import predict_velocity
+from prx_post.model.denoiser import PromptedVelocity, predict_velocity
 from prx_post.objectives.dpo import diffusion_dpo_loss, diffusion_kto_loss
 
-Velocity = Callable[[Tensor, Tensor, Prompts], Tensor]
-"""x_t [B, C, H, W], t [B], prompts -> velocity"""
 
-
-def image_errors(velocity: Velocity, x0: Tensor, noise: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+def image_errors(velocity: PromptedVelocity, x0: Tensor, noise: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
     """Mean squared errors of the velocity, [B] fp32."""
     x0 = x0.float()
     predicted = velocity(interpolate(x0, noise, t), t, prompts)
     return (predicted.float() - velocity_target(x0, noise)).square().flatten(1).mean(1)
 
 
-def pair_errors(velocity: Velocity, batch: Batch) -> Tensor:
+def pair_errors(velocity: PromptedVelocity, batch: Batch) -> Tensor:
     """Of the chosen and of the rejected images, [B, 2], computed in one pass of 2B.
 
     `batch`: latents (of the chosen images), rejected, noise [B, C, H, W], t [B], prompts; `rejected_noise`, if it is

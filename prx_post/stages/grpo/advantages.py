@@ -16,7 +16,7 @@ from prx_post.stages.grpo.config import GRPOConfig
 from prx_post.stages.grpo.guard import Guard
 
 
-def learnt_from(
+def compute_advantages(
     config: GRPOConfig,
     guard: Guard,
     combined_PG: Tensor,
@@ -37,14 +37,14 @@ def learnt_from(
     """
     scale = "none" if guard.regularizes else config.scale_rewards
     advantages_PG = group_advantages(combined_PG, scale=scale, clip=config.advantage_clip)
-    taught = {"weight": _weight(varies(combined_PG), config.steps_per_generation, combined_PG.shape[1])}
+    targets = {"weight": _weight(varies(combined_PG), config.steps_per_generation, combined_PG.shape[1])}
     if guard.regularizes:
         if features_PGD is not None:
             advantages_PG = diverse_advantages(advantages_PG, features_PGD)
         others = [value.flatten() for name, value in scores.items() if name not in weights]
         doubt = suspicion(_over_all(scores, weights).flatten(), others)
-        taught["kl_weight"] = most_suspicious(doubt, config.guard_fraction).float().view_as(advantages_PG)
-    return {"advantages": advantages_PG, **taught}
+        targets["kl_weight"] = most_suspicious(doubt, config.guard_fraction).float().view_as(advantages_PG)
+    return {"advantages": advantages_PG, **targets}
 
 
 def _weight(varies_P: Tensor, steps: int, size: int) -> Tensor:

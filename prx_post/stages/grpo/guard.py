@@ -30,7 +30,7 @@ class Point:
     optimised: dict[str, float]
 
 
-class Watch:
+class HackingDetector:
     """Compares each evaluation with that whose held-out judgement was best: are the optimised rewards higher than they
     were then, but the judgement lower, `guard_patience` times in a row?
 

@@ -11,7 +11,7 @@ from prx_post.engine.signals import StopEarly
 from prx_post.engine.tracking import EVALUATIONS, METRICS
 from prx_post.evaluation.monitor import ImageMonitor, Job
 from prx_post.evaluation.training_report import FILM, TrainingReport, write_training_report
-from prx_post.stages.grpo.guard import Guard, Watch
+from prx_post.stages.grpo.guard import Guard, HackingDetector
 
 REPORT = "report.html"
 
@@ -30,7 +30,7 @@ class GuardedMonitor(ImageMonitor):
     def __post_init__(self) -> None:
         super().__post_init__()
         config: Any = self.config
-        self._watch = Watch(config, self.proxies)
+        self._detector = HackingDetector(config, self.proxies)
         self._stop_reason: str | None = None
 
     @property
@@ -40,10 +40,10 @@ class GuardedMonitor(ImageMonitor):
 
     def watch(self, step: int, metrics: dict[str, float]) -> None:
         config: Any = self.config
-        point = self._watch.point({**metrics, "step": step}) if config.guard != "off" else None
+        point = self._detector.point({**metrics, "step": step}) if config.guard != "off" else None
         reason = self._stop_reason  # of an evaluation after which the run was killed, if any
         if point is not None:
-            reason = self._watch.add(point) or reason
+            reason = self._detector.add(point) or reason
         if point is not None:
             self._report()
         if reason is not None:
@@ -54,8 +54,8 @@ class GuardedMonitor(ImageMonitor):
         super().resume(evaluations, logged)
         config: Any = self.config
         for line in evaluations if config.guard != "off" else []:
-            point = self._watch.point(line)
-            reason = self._watch.add(point) if point is not None else None
+            point = self._detector.point(line)
+            reason = self._detector.add(point) if point is not None else None
             if reason is not None:
                 self._note_action()
                 self._stop_reason = reason if config.guard == "stop" else None
@@ -110,9 +110,9 @@ class GuardedMonitor(ImageMonitor):
         def write() -> None:
             report = TrainingReport(
                 title=folder.name,
-                points=[(p.step, self._watch.score(p), p.held_out) for p in self._watch.points],
+                points=[(p.step, self._detector.score(p), p.held_out) for p in self._detector.points],
                 held_out=str(config.metric_for_best_model),
-                acted=list(self._watch.acted),
+                acted=list(self._detector.acted),
                 guard=config.guard,
                 prompts=[f"{job.prompt}, seed {job.seed}" for job in jobs],
                 evaluations=log.lines(EVALUATIONS),

@@ -8,26 +8,21 @@ from torch import Tensor
 
 from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Prompts
 from prx_post.flow import interpolate, velocity_target
-from prx_post.model.denoiser import predict_velocity
+from prx_post.model.denoiser import PromptedVelocity, predict_velocity, with_guidance
 from prx_post.objectives.forward_rl import awm_loss, dgpo_loss, flattened, nft_loss, optimality
 from prx_post.objectives.grpo import clipped_policy_loss, gaussian_kl, masked_policy_loss, normalised_log_ratio
-from prx_post.sampling import SDEStep, guided_velocity
+from prx_post.sampling import SDEStep
 from prx_post.stages.grpo.config import GRPOConfig
 from prx_post.stages.grpo.guard import Guard
 
 Metrics = dict[str, Tensor]
-Ask = Callable[[Tensor, Tensor, Prompts], Tensor]
-"""(x_t [B, C, H, W], t [B], prompts) -> velocity"""
 
 
-def guided_ask(ask: Ask, x_t: Tensor, t: Tensor, batch: Batch, guidance_scale: float) -> Tensor:
-    """The velocity, guided by the batch's empty prompts, `null_embeds` and `null_mask`, where the scale is not 1."""
+def batch_velocity(velocity: PromptedVelocity, x_t: Tensor, t: Tensor, batch: Batch, guidance_scale: float) -> Tensor:
+    """Of a batch's prompts; with guidance, by its `null_embeds` and `null_mask`."""
     prompts = (batch["prompt_embeds"], batch["prompt_mask"])
-    if guidance_scale == 1:
-        return ask(x_t, t, prompts)
-    both = torch.cat([batch["null_embeds"], prompts[0]]), torch.cat([batch["null_mask"], prompts[1]])
-    uncond, cond = ask(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float().chunk(2)
-    return guided_velocity(uncond, cond, guidance_scale)
+    null = (batch["null_embeds"], batch["null_mask"]) if guidance_scale > 1 else None
+    return with_guidance(velocity, prompts, null, guidance_scale)(x_t, t)
 
 
 class OnlineObjective(Objective):
@@ -64,18 +59,18 @@ class OnlineObjective(Objective):
     def groups(self) -> list[ParamGroup]:
         return [ParamGroup(POLICY, self.policy, self.config.learning_rate)]
 
-    def ask(self, x_t: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
         """The velocity of the policy in training."""
         return predict_velocity(self.policy, x_t, t, *prompts)
 
-    def of_reference(self, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
+    def reference_velocity(self, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """The velocity of the reference, with its guidance."""
-        return guided_ask(self.reference.velocity, x_t, t, batch, self.config.reference_guidance)
+        return batch_velocity(self.reference.velocity, x_t, t, batch, self.config.reference_guidance)
 
     @property
-    def generates(self) -> Ask:
+    def rollout_velocity(self) -> PromptedVelocity:
         """What rollouts are generated with: nft's are the lagged policy's."""
-        return self.old.velocity if self.config.method == "nft" else self.ask
+        return self.old.velocity if self.config.method == "nft" else self.velocity
 
     def kept(self) -> dict[str, Tensor]:
         kept = {} if self.old is None else self.old.kept("old")
@@ -113,10 +108,10 @@ class OnlineObjective(Objective):
             return False
         return float(divergence if self.average is None else self.average(divergence)) > limit
 
-    def _is_held(self, batch: Batch) -> bool:
+    def _has_penalty(self, batch: Batch) -> bool:
         return self.reference is not None and (self.config.beta > 0 or "kl_weight" in batch)
 
-    def _hold(self, divergence: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+    def _penalty(self, divergence: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         """The penalty for a divergence [B]: of all images that teach, and of suspicious ones."""
         strength = self.config.beta * batch["weight"]
         metrics = {"divergence": divergence.detach().mean()}
@@ -137,15 +132,15 @@ class PolicyGradient(OnlineObjective):
         guidance = self.config.rollout_guidance_scale
         levels = (batch["sigma"], batch["sigma_next"])
         reference = None
-        if self._is_held(batch):  # first, for it may be the policy's own network with other weights
-            reference = self.of_reference(batch["x_t"], levels[0], batch)
-        velocity = guided_ask(self.ask, batch["x_t"], levels[0], batch, guidance)
+        if self._has_penalty(batch):  # first, for it may be the policy's own network with other weights
+            reference = self.reference_velocity(batch["x_t"], levels[0], batch)
+        velocity = batch_velocity(self.velocity, batch["x_t"], levels[0], batch, guidance)
         step = self.transition(batch["x_t"], velocity, *levels, x_next=batch["x_next"])
         loss, metrics = self._loss(step, batch)
         if reference is not None:
             mean = self.transition(batch["x_t"], reference, *levels, x_next=batch["x_next"]).mean
-            penalty, of_hold = self._hold(gaussian_kl(step.mean, mean, step.std), batch)
-            loss, metrics = loss + penalty, metrics | of_hold
+            penalty, of_penalty = self._penalty(gaussian_kl(step.mean, mean, step.std), batch)
+            loss, metrics = loss + penalty, metrics | of_penalty
         return loss, metrics
 
     def _loss(self, step: SDEStep, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -171,15 +166,15 @@ class ForwardProcess(OnlineObjective):
         prompts = (batch["prompt_embeds"], batch["prompt_mask"])
         x0, noise, t = batch["latents"].float(), batch["noise"], batch["t"]
         x_t = interpolate(x0, noise, t)
-        needs_reference = self.config.method == "dgpo" or self._is_held(batch)
-        reference = self.of_reference(x_t, t, batch) if needs_reference else None
+        needs_reference = self.config.method == "dgpo" or self._has_penalty(batch)
+        reference = self.reference_velocity(x_t, t, batch) if needs_reference else None
         old = None if self.old is None else self.old.velocity(x_t, t, prompts)
-        velocity = self.ask(x_t, t, prompts).float()
+        velocity = self.velocity(x_t, t, prompts).float()
         seen = {"velocity": velocity, "old": old, "x_t": x_t, "x0": x0, "t": t, "target": velocity_target(x0, noise)}
         loss, metrics = LOSSES[self.config.method](self.config, {**seen, "reference": reference}, batch)
-        if self._is_held(batch) and reference is not None:
-            penalty, of_hold = self._hold(_error(velocity, reference), batch)
-            loss, metrics = loss + penalty, metrics | of_hold
+        if self._has_penalty(batch) and reference is not None:
+            penalty, of_penalty = self._penalty(_error(velocity, reference), batch)
+            loss, metrics = loss + penalty, metrics | of_penalty
         return loss, metrics
 
 

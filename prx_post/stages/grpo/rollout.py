@@ -7,7 +7,7 @@ Legend: P prompts of a rollout × G images of each (a group).
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +21,16 @@ from prx_post.data.source import timestep_and_noise
 from prx_post.engine.protocols import Batch
 from prx_post.engine.run import Run
 from prx_post.engine.signals import StopRequested
-from prx_post.evaluation.pixels import Look
+from prx_post.evaluation.pixels import ImageStatistics
+from prx_post.model.denoiser import PromptedVelocity
 from prx_post.model.text import pad_embeddings
 from prx_post.objectives.grpo import combined_rewards, varies
 from prx_post.sampling import VelocityFunction
 from prx_post.stages.base import Encoded
-from prx_post.stages.grpo.advantages import learnt_from
+from prx_post.stages.grpo.advantages import compute_advantages
 from prx_post.stages.grpo.config import GRPOConfig
 from prx_post.stages.grpo.guard import Guard
-from prx_post.stages.grpo.objective import guided_ask
+from prx_post.stages.grpo.objective import batch_velocity
 from prx_post.stages.grpo.scoring import Background, Rows, Scorer, Scores, Scoring
 from prx_post.stages.grpo.settings import FEATURES
 from prx_post.stages.grpo.trajectories import Seeded, Trajectories, Transition, sample_trajectories
@@ -45,8 +46,6 @@ MAX_CONSTANT = 3
 CURRENT, AHEAD = "current/", "ahead/"
 """Before the tensors' names in a checkpoint."""
 PLACES = "places"
-Ask = Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
-"""(x_t, t, prompts) -> velocity of the policy that generates"""
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Rollouts:
     Args:
         rows: of the prompts file; data.samples are in their order.
         policy: in training; put into evaluation mode while it generates.
-        ask: its velocity, or that of the lagged policy where that one generates.
+        velocity: its velocity, or that of the lagged policy where that one generates.
         sigmas: the grid, [N + 1].
         transition: of random steps; None: the ODE.
         guard: whose regularization changes what is learnt.
@@ -92,7 +91,7 @@ class Rollouts:
     rows: Rows
     data: Encoded
     policy: Any
-    ask: Ask
+    velocity: PromptedVelocity
     latent_shape: tuple[int, int, int]
     sigmas: Tensor
     transition: Transition | None
@@ -110,6 +109,7 @@ class Rollouts:
         self._ahead: Rollout | None = None
         self._constant_in_a_row = 0
         self._is_spent = False
+        self._embeddings: dict[str, Tensor] = {}  # of the prompts of the rollouts at hand, which are asked for often
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A rollout that all its steps have trained on is left out. Of a rollout ahead there are the images without
@@ -155,7 +155,7 @@ class Rollouts:
         config, ahead = self.config, self._ahead
         rollout = ahead if ahead is not None and ahead.number == number else self._generate(number)
         lag = config.steps_per_rollout if rollout is ahead and number else 0
-        self._ahead = None
+        self._ahead, self._embeddings = None, {}
         has_next = (number + 1) * config.steps_per_rollout < config.max_steps
         if config.async_rewards == "rollout" and has_next:
             self._ahead = self._generate(number + 1)
@@ -240,7 +240,7 @@ class Rollouts:
             scale = self.config.rollout_guidance_scale
             batch = self._prompts([chosen[i] for i in images], has_null=scale > 1)
             batch = {name: value.to(device) for name, value in batch.items()}
-            return lambda x_t, t: guided_ask(self.ask, x_t, t, batch, scale)
+            return lambda x_t, t: batch_velocity(self.velocity, x_t, t, batch, scale)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16):
             return sample_trajectories(
@@ -260,13 +260,17 @@ class Rollouts:
 
     def _prompts(self, rows: Sequence[int], has_null: bool) -> dict[str, Tensor]:
         """Embeddings of the prompts of these rows, and if that is asked for the empty prompt's."""
-        texts = [self.rows[row]["prompt"] for row in rows]
-        embeds, mask = pad_embeddings([self.data.embed(text).cpu() for text in texts], self.pad_length)
+        embeds, mask = pad_embeddings([self._embed(self.rows[row]["prompt"]) for row in rows], self.pad_length)
         batch = {"prompt_embeds": embeds, "prompt_mask": mask}
         if has_null:
-            null, null_mask = pad_embeddings([self.data.embed("").cpu()] * len(rows), self.pad_length)
+            null, null_mask = pad_embeddings([self._embed("")] * len(rows), self.pad_length)
             batch |= {"null_embeds": null, "null_mask": null_mask}
         return batch
+
+    def _embed(self, prompt: str) -> Tensor:
+        if prompt not in self._embeddings:
+            self._embeddings[prompt] = self.data.embed(prompt).cpu()
+        return self._embeddings[prompt]
 
     def _scoring(self, rollout: Rollout) -> Scoring:
         config = self.config
@@ -305,10 +309,10 @@ class Rollouts:
         optimised = {name: scores[name] for name in self.scorer.weights}
         combined_PG = combined_rewards(optimised, self.scorer.weights)
         self._check_variance(rollout.number, combined_PG)
-        taught = learnt_from(config, self.guard, combined_PG, scores, self.scorer.weights, features)
+        targets = compute_advantages(config, self.guard, combined_PG, scores, self.scorer.weights, features)
         places = rollout.tensors[PLACES]
-        rollout.tensors |= {name: value.flatten()[places] for name, value in taught.items()}
-        return self._metrics(rollout, scores, combined_PG, scoring.looks)
+        rollout.tensors |= {name: value.flatten()[places] for name, value in targets.items()}
+        return self._metrics(rollout, scores, combined_PG, scoring.statistics)
 
     def _check_variance(self, number: int, rewards_PG: Tensor) -> None:
         if varies(rewards_PG).any():
@@ -324,7 +328,7 @@ class Rollouts:
             ).raised_by_all(self.run.ranks.is_main)
 
     def _metrics(
-        self, rollout: Rollout, scores: Scores, combined_PG: Tensor, looks: Sequence[Look]
+        self, rollout: Rollout, scores: Scores, combined_PG: Tensor, statistics: Sequence[ImageStatistics]
     ) -> dict[str, Tensor]:
         own = rollout.tensors["x0"].unflatten(0, (-1, self.config.num_generations))
         return {
@@ -332,8 +336,8 @@ class Rollouts:
             **{f"reward_std/{name}": value.std(1).mean() for name, value in scores.items()},
             "zero_std_ratio": 1 - varies(combined_PG).float().mean(),
             "rollout/latent_std": own.float().std(1).mean(),
-            "rollout/edge_energy": torch.tensor([look.edge_energy for look in looks]).mean(),
-            "rollout/entropy": torch.tensor([look.entropy for look in looks]).mean(),
+            "rollout/edge_energy": torch.tensor([one.edge_energy for one in statistics]).mean(),
+            "rollout/entropy": torch.tensor([one.entropy for one in statistics]).mean(),
             **{f"seconds/{name}": torch.tensor(value) for name, value in rollout.seconds.items()},
         }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prx_post.base.errors import PrxPostError
 from prx_post.evaluation.features import Encoder, open_encoder
-from prx_post.evaluation.pixels import Look
+from prx_post.evaluation.pixels import ImageStatistics
 from prx_post.model.codec import to_images
 from prx_post.model.sampler import default_device
 from prx_post.objectives.grpo import pairwise_win_rates
@@ -139,7 +139,7 @@ class Scoring:
 
     Attributes:
         decode_s, score_s, waited_s: seconds spent decoding, scoring (on the thread), and waiting for that.
-        looks: of all images.
+        statistics: of all images.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Scoring:
         self._futures: list[Future[Scores]] = []
         self._begun = 0
         self.decode_s = self.score_s = self.waited_s = 0.0
-        self.looks: list[Look] = []
+        self.statistics: list[ImageStatistics] = []
 
     def add(self, latents: Tensor) -> None:
         """The next images, [B, C, H, W]. Raises PrxPostError if it waits and a reward fails or is late."""
@@ -193,7 +193,7 @@ class Scoring:
 
     def _score(self, rows: Rows, groups: Sequence[Sequence[Image.Image]]) -> Scores:
         began = time.perf_counter()
-        self.looks += [Look.of(image) for group in groups for image in group]
+        self.statistics += [ImageStatistics.of(image) for group in groups for image in group]
         scores = self._scorer(rows, groups)
         self.score_s += time.perf_counter() - began
         return scores
@@ -205,6 +205,6 @@ class Scoring:
             if future.done():
                 raise  # the reward's own
             raise PrxPostError(
-                f"the rewards of a batch of images were not there after {self._timeout_s:g} s (reward_timeout_s). Look "
-                f"at the reward, or raise the limit; then resume with resume_from_checkpoint: latest."
+                f"the rewards of a batch of images were not there after {self._timeout_s:g} s (reward_timeout_s). "
+                f"Look at the reward, or raise the limit; then resume with resume_from_checkpoint: latest."
             ) from error

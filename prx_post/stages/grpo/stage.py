@@ -127,7 +127,7 @@ class GRPO(PipelineStage):
             rows=self.rows,
             data=data,
             policy=objective.policy,
-            ask=objective.generates,
+            velocity=objective.rollout_velocity,
             latent_shape=self.pipeline.latent_shape(*self.rollout_size),
             sigmas=self.sigmas,
             transition=objective.transition,
