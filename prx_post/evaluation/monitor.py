@@ -26,6 +26,7 @@ from prx_post.evaluation.distances import diversity, frechet_distance
 from prx_post.evaluation.features import Encoder, encode, open_encoder
 from prx_post.evaluation.jobs import SEED_STRIDE, spread_over_groups
 from prx_post.evaluation.monitor_config import LOWER_IS_BETTER, WINS, MonitorConfig
+from prx_post.evaluation.pixels import STATISTICS, image_statistics
 from prx_post.evaluation.sheets import Sheet
 from prx_post.model.codec import to_images
 from prx_post.model.sampler import Sampler
@@ -288,7 +289,7 @@ class ImageMonitor:
         self.run.ranks.on_main(write)
 
     def _measure(self, sampler: Sampler, reference: Measured | None) -> Measured:
-        """Generate and score every job, each rank its part; with win rates and distance to the reference's images."""
+        """Generate and measure every job, each rank its part; with win rates and distance to the reference's images."""
         jobs, ranks = self._jobs(), self.run.ranks
         images = self._generate(sampler, jobs)
 
@@ -300,15 +301,17 @@ class ImageMonitor:
                 for name, reward in self.judges.rewards.items()
             }
             features = encode(self._encoder, iter(own)) if self._encoder is not None and own else None
-            return list(images), scores, features, {i: images[i] for i in images if i < SHEET_ROWS}
+            found = image_statistics(own) | scores
+            return list(images), found, features, {i: images[i] for i in images if i < SHEET_ROWS}
 
         parts = ranks.together(score)
         order = np.argsort([i for indices, *_ in parts for i in indices])
-        scores = {
-            name: np.array([value for _, scores, *_ in parts for value in scores[name]], dtype=np.float64)[order]
-            for name in self.judges.rewards
+        found = {
+            name: np.array([value for _, values, *_ in parts for value in values[name]], dtype=np.float64)[order]
+            for name in {**self.judges.rewards, **STATISTICS}
         }
-        metrics = {name: float(values.mean()) for name, values in scores.items()}
+        metrics = {name: float(values.mean()) for name, values in found.items()}
+        scores = {name: found[name] for name in self.judges.rewards}
         known = {} if reference is None else reference.scores
         for name, values in scores.items():
             if name in known:  # a resumed run may ask other rewards than its start did

@@ -1,6 +1,6 @@
 """What images look like to no reward: how sharp they are, and how rich. A reward that is hacked moves them first."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -24,11 +24,9 @@ def entropy(image: Image.Image) -> float:
     return float(-(fractions * np.log2(fractions)).sum()) + 0.0
 
 
-@dataclass(frozen=True)
-class ImageStatistics:
-    edge_energy: float
-    entropy: float
+STATISTICS: dict[str, Callable[[Image.Image], float]] = {"edge_energy": edge_energy, "entropy": entropy}
 
-    @classmethod
-    def of(cls, image: Image.Image) -> "ImageStatistics":
-        return cls(edge_energy(image), entropy(image))
+
+def image_statistics(images: Sequence[Image.Image]) -> dict[str, list[float]]:
+    """Each of STATISTICS, of each image."""
+    return {name: [measure(image) for image in images] for name, measure in STATISTICS.items()}

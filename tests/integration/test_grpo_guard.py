@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from prx_post.cli import main
 from tests.faults import numbers
@@ -66,6 +68,18 @@ def test_lower_lr_lowers_it_each_time_and_remembers_it_on_resuming(prompts, warm
     (run / "best.safetensors").unlink()
     assert main(given) == 0
     assert rates(run)[:5] == pytest.approx([1, 1, 0.3, 0.3, 0.3])  # step 4 is evaluated again, by a new counter
+
+
+def test_evaluations_say_how_sharp_and_rich_images_are(prompts, warm_cache, tmp_path):
+    assert main(arguments(prompts, warm_cache, tmp_path, guard="warn", max_steps=1)) == 0
+    run = tmp_path / "run"
+    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    for line in evaluations:  # the film's frames hold all four images, below each other
+        with Image.open(run / "film" / f"{line['step']:06d}.png") as frame:
+            parts = np.asarray(frame.convert("L"), dtype=np.float64).reshape(4, -1, frame.width)
+        edges = np.mean([(abs(np.diff(part, axis=0)).mean() + abs(np.diff(part)).mean()) / 2 for part in parts])
+        assert line["eval/edge_energy/2_steps"] == pytest.approx(edges, rel=1e-5)
+        assert 0 < line["eval/entropy/2_steps"] < 6
 
 
 def test_stop_emits_the_best_by_the_judgement(prompts, warm_cache, tmp_path, capsys):

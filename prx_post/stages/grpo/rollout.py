@@ -21,7 +21,6 @@ from prx_post.data.source import timestep_and_noise
 from prx_post.engine.protocols import Batch
 from prx_post.engine.run import Run
 from prx_post.engine.signals import StopRequested
-from prx_post.evaluation.pixels import ImageStatistics
 from prx_post.model.denoiser import PromptedVelocity
 from prx_post.model.text import pad_embeddings
 from prx_post.objectives.grpo import combined_rewards, varies
@@ -328,7 +327,7 @@ class Rollouts:
             ).raised_by_all(self.run.ranks.is_main)
 
     def _metrics(
-        self, rollout: Rollout, scores: Scores, combined_PG: Tensor, statistics: Sequence[ImageStatistics]
+        self, rollout: Rollout, scores: Scores, combined_PG: Tensor, statistics: dict[str, list[float]]
     ) -> dict[str, Tensor]:
         own = rollout.tensors["x0"].unflatten(0, (-1, self.config.num_generations))
         return {
@@ -336,8 +335,7 @@ class Rollouts:
             **{f"reward_std/{name}": value.std(1).mean() for name, value in scores.items()},
             "zero_std_ratio": 1 - varies(combined_PG).float().mean(),
             "rollout/latent_std": own.float().std(1).mean(),
-            "rollout/edge_energy": torch.tensor([one.edge_energy for one in statistics]).mean(),
-            "rollout/entropy": torch.tensor([one.entropy for one in statistics]).mean(),
+            **{f"rollout/{name}": torch.tensor(values).mean() for name, values in statistics.items()},
             **{f"seconds/{name}": torch.tensor(value) for name, value in rollout.seconds.items()},
         }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prx_post.base.errors import PrxPostError
 from prx_post.evaluation.features import Encoder, open_encoder
-from prx_post.evaluation.pixels import ImageStatistics
+from prx_post.evaluation.pixels import STATISTICS, image_statistics
 from prx_post.model.codec import to_images
 from prx_post.model.sampler import default_device
 from prx_post.objectives.grpo import pairwise_win_rates
@@ -139,7 +139,7 @@ class Scoring:
 
     Attributes:
         decode_s, score_s, waited_s: seconds spent decoding, scoring (on the thread), and waiting for that.
-        statistics: of all images.
+        statistics: of all images, by name.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Scoring:
         self._futures: list[Future[Scores]] = []
         self._begun = 0
         self.decode_s = self.score_s = self.waited_s = 0.0
-        self.statistics: list[ImageStatistics] = []
+        self.statistics: dict[str, list[float]] = {name: [] for name in STATISTICS}
 
     def add(self, latents: Tensor) -> None:
         """The next images, [B, C, H, W]. Raises PrxPostError if it waits and a reward fails or is late."""
@@ -193,7 +193,8 @@ class Scoring:
 
     def _score(self, rows: Rows, groups: Sequence[Sequence[Image.Image]]) -> Scores:
         began = time.perf_counter()
-        self.statistics += [ImageStatistics.of(image) for group in groups for image in group]
+        for name, values in image_statistics(list(itertools.chain(*groups))).items():
+            self.statistics[name] += values
         scores = self._scorer(rows, groups)
         self.score_s += time.perf_counter() - began
         return scores
