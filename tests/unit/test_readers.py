@@ -1,7 +1,6 @@
 import io
 import json
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -114,39 +113,10 @@ def test_an_image_folder_without_metadata_says_how_to_write_one(tmp_path):
         read_rows(DataConfig(dataset_name=str(tmp_path)))
 
 
-def test_bytes_of_no_known_format_are_called_that():
-    with pytest.raises(OSError, match=r"^no image format that Pillow knows$"):
-        image_size(b"no image")
-
-
 def test_prompts_that_are_no_text_are_refused(tmp_path):
     folder = folder_of(tmp_path, [("a.png", 472)])
     with pytest.raises(DataError, match="prompt_column is 'prompt', which holds int64, but must hold text"):
         read_rows(DataConfig(dataset_name=str(folder)))
-
-
-def test_images_are_turned_as_their_exif_says():
-    image = Image.new("RGB", (4, 2), "white")
-    image.putpixel((0, 0), (0, 0, 0))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90° clockwise: the top left corner is shown at the top right
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", exif=exif)
-    assert image_size(buffer.getvalue()) == (4, 2)
-    shown = decode(buffer.getvalue())
-    assert shown.size == (2, 4)
-    assert shown.getpixel((1, 0)) == (0, 0, 0)
-
-
-def test_transparent_parts_are_white_and_sixteen_bits_are_scaled():
-    def encoded(image):
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        return buffer.getvalue()
-
-    assert decode(encoded(Image.new("RGBA", (1, 1), (0, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
-    grey = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
-    assert [decode(encoded(grey)).getpixel((x, 0))[0] for x in range(3)] == [0, 127, 255]
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", png()[:40]])
