@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from prx_post.data.cache import TensorCache
-from prx_post.data.encoding import EncodedCache, Sample
+from prx_post.data.encoding import EncodedCache
 from prx_post.data.plan import DrawPlan
+from prx_post.data.scan import Sample
 from prx_post.data.source import LatentSource
 from prx_post.engine.prefetch import Prefetched
 from prx_post.stages.sft.objective import timestep_and_noise

@@ -16,8 +16,9 @@ import torch
 
 from prx_post.data.buckets import Buckets
 from prx_post.data.config import DataConfig
-from prx_post.data.encoding import EncodedCache, Encoders, fill_cache, scan
+from prx_post.data.encoding import EncodedCache, Encoders, fill_cache
 from prx_post.data.readers import read_rows
+from prx_post.data.scan import scan
 from prx_post.engine.checkpointing import CheckpointWriter
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.model.text import PromptCleaner

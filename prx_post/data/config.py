@@ -4,7 +4,12 @@ from dataclasses import dataclass
 
 from prx_post.base.settings import check_fields, doc, require
 
-DATASET = "An image folder, a parquet file or a folder of them, or a Hub id"
+DATASET = (
+    "A folder of images with a metadata.jsonl, metadata.csv or a text file beside each; a parquet file or a folder of "
+    "them; a folder of `save_to_disk` or of MDS shards; or a Hub id"
+)
+CAPTION_COLUMNS = ("prompt", "text", "caption")
+"""Where captions are looked for, in this order."""
 
 
 @dataclass
@@ -51,8 +56,11 @@ class EncodedData(EncodingConfig):
     """Images of prompts, encoded once."""
 
     dataset_name: str | None = doc(f"{DATASET}.", None)
-    dataset_split: str = doc("Split to read.", "train")
-    prompt_column: str = doc("Column with the prompts.", "prompt")
+    dataset_split: str | None = doc(
+        "Split to read: of local files those whose name, or whose folder's, begins so. null: all; of the Hub train.",
+        None,
+    )
+    prompt_column: str | None = doc("Column with the prompts; null: `prompt`, else `text`, else `caption`.", None)
     max_bad_fraction: float = doc("Stop when more than this fraction of the rows cannot be used.", 0.01, between=(0, 1))
 
 
@@ -65,7 +73,7 @@ class DataConfig(EncodedData):
         None,
         required=("a folder, a parquet file or a Hub id", "there is nothing to train on"),
     )
-    prompt_column: str = doc("Column with the captions.", "prompt")
+    prompt_column: str | None = doc("Column with the captions; null: `prompt`, else `text`, else `caption`.", None)
     image_column: str = doc("Column with the images.", "image")
     cache: str = doc(
         "`disk`: encode once, reuse across runs and stages; `none`: encode on the fly.",

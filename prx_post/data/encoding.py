@@ -1,4 +1,4 @@
-"""From rows to samples: which rows are usable, at which size, and their latents and embeddings in the cache."""
+"""Latents and embeddings of samples, in the cache."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,54 +10,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prx_post.base.ranks import Ranks
+from prx_post.base.ranks import ALONE, Ranks
 from prx_post.data.buckets import Buckets, Size
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
 from prx_post.data.config import DataConfig
-from prx_post.data.images import PREPROCESSING, decode, image_size
+from prx_post.data.findings import describe
+from prx_post.data.images import PREPROCESSING, decode
 from prx_post.data.rows import BadRow, DataError, ImageRows, report_bad_rows
+from prx_post.data.scan import Sample, scan
 from prx_post.model.checkpoint import PipelineFolder
 from prx_post.model.codec import LatentCodec, to_pixels
 from prx_post.model.text import PromptCleaner, PromptEncoder, tokenize
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A usable row: its size in training, pixels, and its keys in the caches."""
-
-    row: int
-    prompt: str
-    size: Size
-    image_key: str
-    prompt_key: str
-
-
-ALONE = Ranks()
-EMPTY_CAPTION = "the caption is empty"
-LOST_CAPTION = "prompt cleaning leaves nothing of the caption; set skip_text_cleaning: true to keep it"
-
-
-def scan(
-    rows: ImageRows, buckets: Buckets, cleaner: PromptCleaner, decode_all: bool, ranks: Ranks = ALONE
-) -> tuple[list[Sample], list[BadRow]]:
-    """Sort this process's rows into usable samples and bad rows, from captions and image headers (or images)."""
-    samples, bad = [], []
-    for row in tqdm(ranks.share(range(len(rows))), desc="scanning", unit="row", leave=False, disable=ranks.rank > 0):
-        prompt = rows.prompts[row] or ""
-        if not cleaner(prompt):
-            bad.append(BadRow(row, rows.name(row), LOST_CAPTION if prompt.strip() else EMPTY_CAPTION))
-            continue
-        try:
-            data = rows.image_bytes(row)
-            size = buckets(*image_size(data))
-            if decode_all:
-                decode(data)
-        except OSError as error:
-            bad.append(BadRow(row, rows.name(row), str(error)))
-            continue
-        image_key = f"{content_key(data)}-{size[0]}x{size[1]}"
-        samples.append(Sample(row, prompt, size, image_key, content_key(cleaner(prompt))))
-    return samples, bad
 
 
 class Encoders:
@@ -198,6 +161,10 @@ def prepare(
         report_bad_rows(bad, len(rows), config.max_bad_fraction, bad_rows_path, is_main=ranks.rank == 0)
 
     report()
+    if ranks.is_main:
+        counted = f"{len(samples)} of {len(rows)} images" if bad else f"{len(rows)} images"
+        tokenizer = encoders.pipeline.load_tokenizer()
+        tqdm.write(describe(str(config.dataset_name), counted, samples, rows.notes, tokenizer))
     if config.cache == "none":
         return samples, None
     cache_dir = Path(config.cache_dir).expanduser()

@@ -9,7 +9,7 @@ import torch
 from prx_post.data.config import PreferenceConfig
 from prx_post.data.plan import Draw
 from prx_post.data.readers import open_dataset
-from prx_post.data.rows import DataError, ImageRows
+from prx_post.data.rows import DataError, ImageRows, Opened
 from prx_post.data.source import LatentSource
 from prx_post.engine.protocols import Batch
 
@@ -23,8 +23,9 @@ class LabelledRows(ImageRows):
         DataError: a label is outside LABELS, or all are alike.
     """
 
-    def __init__(self, dataset: Any, config: PreferenceConfig) -> None:
-        super().__init__(dataset, config.completion_column, config.prompt_column)
+    def __init__(self, opened: Opened, config: PreferenceConfig) -> None:
+        super().__init__(opened, config.completion_column)
+        dataset = opened.dataset
         given, feature = list(dataset[config.label_column]), dataset.features[config.label_column]
         if hasattr(feature, "int2str"):  # a class label: by name, for its number depends on the order of the names
             given = [None if label is None else feature.int2str(label) for label in given]

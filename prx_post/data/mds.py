@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prx_post.data.config import DataConfig
+from prx_post.data.config import CAPTION_COLUMNS, DataConfig
 from prx_post.data.rows import DataError, ImageRows
 
 ENCODED, RAW_PIXELS = ("bytes", "jpeg", "png"), "pil"
@@ -39,8 +39,8 @@ class MdsRows(ImageRows):
         self._dataset = _open(folder)
         for shard in self._dataset.shards:
             _check_shard(shard, folder)
-            self._pixels = _prepare_columns(shard, config)
-        self.prompts = [self._text(row, config.prompt_column) for row in range(len(self._dataset))]
+            prompt_column, self._pixels = _prepare_columns(shard, config)
+        self.prompts = [self._text(row, prompt_column) for row in range(len(self._dataset))]
 
     def _text(self, row: int, column: str) -> str:
         try:
@@ -89,14 +89,16 @@ def _check_shard(shard: Any, folder: Path) -> None:
         )
 
 
-def _prepare_columns(shard: Any, config: DataConfig) -> bool:
-    """Let the shard decode the prompt and bare pixels alone. Returns whether its images are bare pixels.
+def _prepare_columns(shard: Any, config: DataConfig) -> tuple[str, bool]:
+    """Let the shard decode the prompt and bare pixels alone. Returns the column with the captions, and whether images
+    are bare pixels.
 
     Images keep their bytes so; and a pickled column, which runs what it likes when it is decoded, is left alone.
     """
     encodings = dict(zip(shard.column_names, shard.column_encodings, strict=True))
-    usable = {config.image_column: (*ENCODED, RAW_PIXELS), config.prompt_column: ("str",)}
-    for field, column in (("image_column", config.image_column), ("prompt_column", config.prompt_column)):
+    prompt_column = config.prompt_column or next((c for c in CAPTION_COLUMNS if c in encodings), CAPTION_COLUMNS[0])
+    usable = {config.image_column: (*ENCODED, RAW_PIXELS), prompt_column: ("str",)}
+    for field, column in (("image_column", config.image_column), ("prompt_column", prompt_column)):
         if encodings.get(column) not in usable[column]:
             listed = ", ".join(f"{name} ({encoding})" for name, encoding in encodings.items())
             raise DataError(
@@ -104,6 +106,6 @@ def _prepare_columns(shard: Any, config: DataConfig) -> bool:
                 f"{config.dataset_name} has {listed}. Set {field} to one of these."
             )
     is_pixels = encodings[config.image_column] == RAW_PIXELS
-    decoded = {config.prompt_column, *([config.image_column] if is_pixels else [])}
+    decoded = {prompt_column, *([config.image_column] if is_pixels else [])}
     shard.column_encodings = [e if name in decoded else "bytes" for name, e in encodings.items()]
-    return is_pixels
+    return prompt_column, is_pixels

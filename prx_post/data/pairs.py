@@ -16,22 +16,15 @@ from tqdm import tqdm
 
 from prx_post.base.files import write_jsonl
 from prx_post.base.ranks import Ranks
-from prx_post.data.buckets import Buckets, Size
-from prx_post.data.cache import content_key
+from prx_post.data.buckets import Buckets
 from prx_post.data.config import PreferenceConfig
-from prx_post.data.encoding import (
-    EMPTY_CAPTION,
-    LOST_CAPTION,
-    EncodedCache,
-    Encoders,
-    Sample,
-    fill_cache,
-    with_what_others_wrote,
-)
+from prx_post.data.encoding import EncodedCache, Encoders, fill_cache, with_what_others_wrote
+from prx_post.data.findings import describe
 from prx_post.data.images import image_size
 from prx_post.data.plan import Draw
 from prx_post.data.readers import open_dataset
-from prx_post.data.rows import BadRow, DataError, ImageRows, report_bad_rows
+from prx_post.data.rows import BadRow, DataError, ImageRows, Opened, report_bad_rows
+from prx_post.data.scan import EMPTY_CAPTION, LOST_CAPTION, Sample, is_visible
 from prx_post.data.source import LatentSource
 from prx_post.engine.protocols import Batch
 from prx_post.flow import seeded_noise
@@ -51,8 +44,9 @@ class PairRows(ImageRows):
         DataError: a column of noise seeds or scores holds something else.
     """
 
-    def __init__(self, dataset: Any, config: PreferenceConfig) -> None:
-        super().__init__(dataset, config.chosen_column, config.prompt_column)
+    def __init__(self, opened: Opened, config: PreferenceConfig) -> None:
+        super().__init__(opened, config.chosen_column)
+        dataset = opened.dataset
         self.prompts = [prompt for prompt in self.prompts for _ in range(2)]
         columns = (config.chosen_column, config.rejected_column)
         self._sides = [(dataset.select_columns([column]), column) for column in columns]  # so that one alone is read
@@ -64,7 +58,7 @@ class PairRows(ImageRows):
     def _cell(self, row: int) -> dict[str, Any]:
         pair, side = divmod(row, 2)
         images, column = self._sides[side]
-        return images[pair][column] or {}
+        return self._placed(images[pair][column], pair)
 
     def _numbers(self, columns: Sequence[str]) -> list[tuple[float, float] | None]:
         """Of each pair, those of both images; None if they are not all there."""
@@ -132,8 +126,9 @@ def scan_pairs(
     numbers = ranks.share(range(len(rows) // 2))
     for number in tqdm(numbers, desc="scanning", unit="pair", leave=False, disable=ranks.rank > 0):
         prompt, size, samples, own_sizes = rows.prompts[2 * number] or "", None, [], set()
-        if not cleaner(prompt):
-            bad.append(BadRow(number, f"pair {number}", LOST_CAPTION if prompt.strip() else EMPTY_CAPTION))
+        cleaned = cleaner(prompt)
+        if not is_visible(cleaned):
+            bad.append(BadRow(number, f"pair {number}", LOST_CAPTION if is_visible(prompt) else EMPTY_CAPTION))
             continue
         for row in (2 * number, 2 * number + 1):
             try:
@@ -144,17 +139,12 @@ def scan_pairs(
                 break
             size = buckets(*own) if size is None else size
             own_sizes.add(own)
-            samples.append(Sample(row, prompt, size, _image_key(data, size), content_key(cleaner(prompt))))
+            samples.append(Sample.of(row, prompt, cleaned, data, own, size))
         else:
             seeds = rows.seeds(number) if own_sizes == {size} else None  # a resized image has no noise
             chosen, rejected = samples
             pairs.append(Pair(chosen, rejected, seeds, rows.gap(number)))
     return pairs, bad
-
-
-def _image_key(data: bytes, size: Size) -> str:
-    """As `encoding.scan` names an image."""
-    return f"{content_key(data)}-{size[0]}x{size[1]}"
 
 
 def without_contradictions(pairs: Sequence[Pair]) -> tuple[list[Pair], list[BadRow]]:
@@ -217,6 +207,10 @@ def prepare_pairs(
         if lacking is not None:
             raise DataError(lacking).raised_by_all(ranks.is_main)
     samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
+    if ranks.is_main:
+        counted = f"{len(pairs)} of {total} pairs of images" if len(pairs) < total else f"{total} pairs of images"
+        tokenizer = encoders.pipeline.load_tokenizer()
+        tqdm.write(describe(str(config.dataset_name), counted, samples, rows.notes, tokenizer))
 
     def open_cache() -> EncodedCache:
         return EncodedCache.open(Path(config.cache_dir).expanduser(), encoders.pipeline, encoders.text_dtype)

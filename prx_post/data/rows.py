@@ -1,6 +1,7 @@
 """Rows of images with captions, and what becomes of those that cannot be used."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,48 @@ class BadRow:
     reason: str
 
 
-class ImageRows:
-    """Rows of a `datasets.Dataset`: encoded image bytes and a caption each; nothing is decoded here."""
+@dataclass(frozen=True)
+class Opened:
+    """The columns of a data set that are asked for.
 
-    def __init__(self, dataset: Any, image_column: str, prompt_column: str) -> None:
-        self._dataset = dataset
+    Attributes:
+        dataset: a `datasets.Dataset`, its images encoded: {"bytes", "path"}.
+        prompt_column: where the captions are.
+        folder_of: of a row, the folder that paths of its images begin from; None: of none, they are whole.
+        notes: what was found beside the rows.
+    """
+
+    dataset: Any
+    prompt_column: str
+    folder_of: Callable[[int], Path] | None = None
+    notes: Sequence[str] = ()
+
+
+class ImageRows:
+    """Rows of an opened data set: encoded image bytes and a caption each; nothing is decoded here.
+
+    Attributes:
+        notes: what was found beside the rows.
+    """
+
+    notes: Sequence[str] = ()
+
+    def __init__(self, opened: Opened, image_column: str) -> None:
+        self._dataset, self._folder_of, self.notes = opened.dataset, opened.folder_of, opened.notes
         self._image_column = image_column
-        self.prompts: list[str | None] = list(dataset[prompt_column])
+        self.prompts: list[str | None] = list(opened.dataset[opened.prompt_column])
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def _cell(self, row: int) -> dict[str, Any]:
-        return self._dataset[row][self._image_column] or {}
+        return self._placed(self._dataset[row][self._image_column], row)
+
+    def _placed(self, cell: dict[str, Any] | None, row: int) -> dict[str, Any]:
+        """With the path of an image that lies in a file of its own made whole; `row` is the data set's."""
+        if not cell or cell.get("bytes") is not None or not cell.get("path") or self._folder_of is None:
+            return cell or {}
+        return {**cell, "path": str(self._folder_of(row) / cell["path"])}
 
     def name(self, row: int) -> str:
         return self._cell(row).get("path") or f"row {row}"

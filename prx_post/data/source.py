@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from prx_post.data.cache import content_key
-from prx_post.data.encoding import EncodedCache, Encoders, Sample
+from prx_post.data.encoding import EncodedCache, Encoders
 from prx_post.data.plan import Draw, Plan
 from prx_post.data.rows import ImageRows
+from prx_post.data.scan import Sample
 from prx_post.engine.protocols import Batch
 from prx_post.flow import sample_timesteps
 from prx_post.model.text import pad_embeddings

@@ -11,10 +11,10 @@ from tqdm import tqdm
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import write_jsonl
 from prx_post.base.settings import doc, require
+from prx_post.data.folders import IMAGES
 from prx_post.data.images import decode
 from prx_post.recipes.tables import RecipeConfig
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 METADATA, PROBLEMS = "metadata.jsonl", "caption_problems.jsonl"
 
 

@@ -14,8 +14,9 @@ from prx_post.base.errors import PrxPostError
 from prx_post.base.files import write_jsonl
 from prx_post.data.buckets import Size
 from prx_post.data.cache import content_key, fingerprint
-from prx_post.data.encoding import EncodedCache, Encoders, Sample
+from prx_post.data.encoding import EncodedCache, Encoders
 from prx_post.data.rows import DataError, ImageRows
+from prx_post.data.scan import Sample
 from prx_post.engine.protocols import Batch, Monitor, Objective
 from prx_post.engine.run import Run
 from prx_post.evaluation.monitor import ImageMonitor, Judges

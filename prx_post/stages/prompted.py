@@ -7,9 +7,10 @@ from typing import Any
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import existing_file
 from prx_post.data.cache import content_key
-from prx_post.data.encoding import EncodedCache, Sample, encode_prompts
+from prx_post.data.encoding import EncodedCache, encode_prompts
 from prx_post.data.plan import stream
 from prx_post.data.prompts import read_prompt_file
+from prx_post.data.scan import Sample
 from prx_post.engine.run import Run
 from prx_post.evaluation.jobs import spread_over_groups
 from prx_post.model.text import PromptCleaner

@@ -297,7 +297,7 @@ def test_torch_compile_pads_prompts_to_one_length(image_folder, warm_cache, tmp_
 
     from types import SimpleNamespace
 
-    from prx_post.data.encoding import Sample
+    from prx_post.data.scan import Sample
     from prx_post.stages.base import Encoded
     from prx_post.stages.sft.stage import SFT
 

@@ -8,11 +8,12 @@ import torch
 from prx_post.base.ranks import ALONE
 from prx_post.data.buckets import Buckets
 from prx_post.data.config import PreferenceConfig
-from prx_post.data.encoding import Encoders, Sample
+from prx_post.data.encoding import Encoders
 from prx_post.data.pairs import TIE, PairSource, prepare_pairs, read_pairs, without_contradictions
 from prx_post.data.pairs import Pair as Pair_
 from prx_post.data.plan import DrawPlan
 from prx_post.data.rows import DataError
+from prx_post.data.scan import Sample
 from prx_post.data.source import timestep_and_noise
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.model.text import PromptCleaner

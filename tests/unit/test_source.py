@@ -3,8 +3,8 @@ from collections import Counter
 import pytest
 import torch
 
-from prx_post.data.encoding import Sample
 from prx_post.data.plan import DrawPlan, MixedPlan
+from prx_post.data.scan import Sample
 from prx_post.data.source import LatentSource
 
 

@@ -47,9 +47,9 @@ class TeacherConfig:
         "Fraction of each batch that are real images, of dataset_name, not the teacher's.", 0.0, between=(0, 1)
     )
     dataset_name: str | None = doc("Real images: an image folder, parquet, or a Hub id.", None)
-    dataset_split: str = doc("Split to read.", "train")
+    dataset_split: str | None = doc("Split of them to read; null: all, or of the Hub train.", None)
     image_column: str = doc("Column with the images.", "image")
-    prompt_column: str = doc("Column with the captions.", "prompt")
+    prompt_column: str | None = doc("Column with their captions; null: `prompt`, else `text`, else `caption`.", None)
     max_bad_fraction: float = doc(
         "Stop when more than this fraction of the real rows cannot be used.", 0.01, between=(0, 1)
     )

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from prx_post.base.settings import require
-from prx_post.data.encoding import Encoders, Sample
+from prx_post.data.encoding import Encoders
 from prx_post.data.plan import MixedPlan
 from prx_post.data.readers import read_rows
+from prx_post.data.scan import Sample
 from prx_post.data.sizes import CacheSize
 from prx_post.data.source import LatentSource
 from prx_post.engine.protocols import Batch, Monitor, Objective

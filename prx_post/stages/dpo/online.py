@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
 from prx_post.data.buckets import Size
-from prx_post.data.encoding import Sample
 from prx_post.data.pairs import Pair, PairSource
 from prx_post.data.plan import Draw, DrawPlan, stream
+from prx_post.data.scan import Sample
 from prx_post.engine.protocols import Batch
 from prx_post.engine.run import Run
 from prx_post.engine.signals import StopRequested

@@ -8,8 +8,8 @@ import torch
 
 from prx_post.base.settings import require
 from prx_post.data.cache import content_key
-from prx_post.data.encoding import Sample
 from prx_post.data.plan import Draw, stream
+from prx_post.data.scan import Sample
 from prx_post.data.source import LatentSource, timestep_and_noise
 from prx_post.engine.protocols import Batch, Monitor, Objective, to_device
 from prx_post.engine.run import Run

@@ -1,0 +1,56 @@
+"""What a data set turned out to hold, in one line, so that nothing is lost in silence."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from prx_post.data.scan import Sample
+
+SHOWN_SIZES = 6
+AT_A_TIME = 1000
+
+
+def describe(name: str, images: str, samples: Sequence[Sample], notes: Iterable[str], tokenizer: Any) -> str:
+    """One line: images and their sizes in training, and what is done to some of them or to their captions.
+
+    Args:
+        images: how many of what they are, such as "12 images".
+        notes: what was found beside the samples.
+        tokenizer: that captions are cut by.
+    """
+    parts = [f"{images}, {_sizes(samples)}", *notes]
+    enlarged = sum(sample.is_enlarged for sample in samples)
+    if enlarged:
+        parts.append(f"{_count(enlarged, 'image')} smaller than that and enlarged")
+    captions = {sample.prompt_key: sample for sample in samples}.values()
+    changed = sum(sample.has_changed_caption for sample in captions)
+    if changed:
+        parts.append(f"{_count(changed, 'caption')} changed by cleaning")
+    cut = count_cut(tokenizer, [sample.cleaned for sample in captions])
+    if cut:
+        parts.append(f"{_count(cut, 'caption')} longer than {tokenizer.model_max_length} tokens and cut there")
+    return f"{name}: {'; '.join(parts)}"
+
+
+def _count(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def _sizes(samples: Sequence[Sample]) -> str:
+    counts = Counter(sample.size for sample in samples).most_common()
+    if len(counts) == 1:
+        (height, width), _ = counts[0]
+        return f"all {height}x{width}"
+    shown = [f"{count} {height}x{width}" for (height, width), count in counts[:SHOWN_SIZES]]
+    rest = len(counts) - SHOWN_SIZES
+    return ", ".join([*shown, *([f"and {rest} more sizes"] if rest > 0 else [])])
+
+
+def count_cut(tokenizer: Any, cleaned: Sequence[str]) -> int:
+    """How many of these cleaned captions have more tokens than the tokenizer keeps."""
+    most = tokenizer.model_max_length
+    long = [caption for caption in cleaned if len(caption.encode()) >= most]  # a token has a byte at least
+    parts = [long[first : first + AT_A_TIME] for first in range(0, len(long), AT_A_TIME)]
+    return sum(
+        len(ids) > most for part in parts for ids in tokenizer(part, truncation=False, verbose=False)["input_ids"]
+    )

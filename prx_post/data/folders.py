@@ -1,0 +1,272 @@
+"""A local data set's files and their table. No name makes a split unless one is asked for, and no path is a pattern."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prx_post.data.rows import DataError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+TABLES = ("metadata.jsonl", "metadata.csv")
+CAPTIONS = (".txt", ".caption")
+FILE_NAME, IMAGE = "file_name", "image"
+"""As in `datasets`, a table's column `file_name` becomes the column `image`, `chosen_file_name` becomes `chosen`."""
+ALL = "train"
+"""What a set without splits is called: the split of that name is then all of it."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Of a folder and the folders in it, in the order of their paths; hidden ones are left out."""
+
+    folder: Path
+    paths: list[Path]
+
+    def ending(self, suffixes: Sequence[str]) -> list[Path]:
+        """In upper or lower case."""
+        return [path for path in self.paths if path.suffix.lower() in suffixes]
+
+    def named(self, names: Sequence[str]) -> list[Path]:
+        return [path for path in self.paths if path.name.lower() in names]
+
+
+def files_of(folder: Path, split: str | None = None) -> Files:
+    """All files, or those of a split: a folder or file below `folder` is called so, or so and then `-`, `_` or `.`.
+
+    Raises:
+        DataError: a folder cannot be listed, or there is no such split.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}. Check its permissions.") from error
+
+    paths = []
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        paths += [Path(root, name) for name in names if not name.startswith(".")]
+    paths.sort()
+    if split is None:
+        return Files(folder, paths)
+    own = [path for path in paths if any(_is_of(part, split) for part in path.relative_to(folder).parts)]
+    if not own and split != ALL:
+        raise DataError(
+            f"dataset_split is {split!r}, but no file or folder in {folder} is called so. Correct it, or leave it out "
+            f"to take all."
+        )
+    return Files(folder, own or paths)
+
+
+def _is_of(name: str, split: str) -> bool:
+    return name.startswith(split) and name[len(split) : len(split) + 1] in ("", "-", "_", ".")
+
+
+@dataclass
+class FolderTable:
+    """Rows of images that lie in a folder. Has what is asked of a `datasets.Dataset` before columns are chosen.
+
+    Attributes:
+        columns: values by name; of images their paths.
+        images: names of the columns of images.
+        written: names of the columns whose values are text as it was written, of a CSV file.
+        notes: what is there but in no row.
+    """
+
+    columns: dict[str, list[Any]]
+    images: set[str]
+    written: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.columns)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+    def select_columns(self, names: Sequence[str], texts: Sequence[str] = ()) -> Any:
+        """A `datasets.Dataset`; columns of numbers that were written into a CSV file hold numbers, but for `texts`."""
+        import datasets
+
+        chosen = {}
+        for name in names:
+            values = self.columns[name]
+            chosen[name] = _numbers(values) if name in self.written and name not in texts else values
+        return datasets.Dataset.from_dict(chosen)
+
+
+def _numbers(values: list[str]) -> list[Any]:
+    """Cells as whole numbers, or as numbers, if all are but for empty ones, which are None; else as they are."""
+    for kind in (int, float):
+        try:
+            return [kind(value) if value.strip() else None for value in values]
+        except ValueError:
+            continue
+    return values
+
+
+def read_folder(files: Files, caption: str) -> FolderTable:
+    """Images by the tables beside them; if there is none, by text files beside them.
+
+    Args:
+        caption: name of the column that captions in text files become.
+
+    Raises:
+        DataError: no image has a caption, or a table cannot be read.
+    """
+    images, tables = files.ending(IMAGES), files.named(TABLES)
+    for table in tables:
+        other = [path for path in tables if path.parent == table.parent and path != table]
+        if other:
+            raise DataError(f"{table.parent} has both {table.name} and {other[0].name}. Remove one of them.")
+    if tables:
+        return _joined([read_table(path) for path in tables], images)
+    return _captioned(files, images, caption)
+
+
+def read_table(path: Path) -> FolderTable:
+    """A metadata.jsonl or metadata.csv, whose file names are relative to its folder.
+
+    Raises:
+        DataError: it is not UTF-8, a line is no row, or it names no files; the line is given.
+    """
+    is_csv = path.suffix.lower() == ".csv"
+    rows = list((_csv_rows if is_csv else _json_rows)(path))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    images = {name: _image_column(name) for name in names if _image_column(name)}
+    if not images:
+        raise DataError(
+            f"{path} has the columns {', '.join(names) or 'of nothing'}, but must have {FILE_NAME}, each image's path "
+            f"from the folder of this file. Add it."
+        )
+    columns: dict[str, list[Any]] = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        if name in images:
+            columns[str(images[name])] = [str(path.parent / value) if value else None for value in values]
+        else:
+            columns[name] = values
+    return FolderTable(columns, {str(column) for column in images.values()}, set(columns) if is_csv else set())
+
+
+def _image_column(name: str) -> str | None:
+    if name == FILE_NAME:
+        return IMAGE
+    return name.removesuffix(f"_{FILE_NAME}") if name.endswith(f"_{FILE_NAME}") else None
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number} is no JSON: {error.msg}. Correct it.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} is no JSON object. Correct it.")
+        wrong = next((name for name, value in row.items() if _image_column(name) and not _is_text(value)), None)
+        if wrong is not None:
+            raise DataError(f"{path}, line {number}: {wrong} is {row[wrong]!r}, but must be a path. Correct it.")
+        yield row
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, str]]:
+    """Cells as they are written."""
+    reader = csv.reader(_lines(path), strict=True)
+    try:
+        header = next(reader, [])
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{path}, line {reader.line_num} has {len(cells)} cells, but must have {len(header)} as its first "
+                    f"line has. Put text with commas in quotes."
+                )
+            yield dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num} is no CSV: {error}. Correct it.") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines with their ends. Raises DataError for the first that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number} is not UTF-8. Save the file as UTF-8.") from error
+
+
+def _joined(tables: Sequence[FolderTable], images: Sequence[Path]) -> FolderTable:
+    """One after another; a column that a table lacks is empty there."""
+    names = list(dict.fromkeys(name for table in tables for name in table.columns))
+    columns = {name: [v for table in tables for v in table.columns.get(name, [None] * len(table))] for name in names}
+    of_images = {name for table in tables for name in table.images}
+    used = {os.path.normpath(path) for name in of_images for path in columns[name] if path}
+    left = [path for path in images if os.path.normpath(path) not in used]
+    notes = _notes("image without a caption", "images without a caption", left)
+    return FolderTable(columns, of_images, set.intersection(*(table.written for table in tables)), notes)
+
+
+def _captioned(files: Files, images: Sequence[Path], caption: str) -> FolderTable:
+    """By text files of the images' names; an image without one has no caption."""
+    beside = {(path.parent, path.stem, path.suffix.lower()): path for path in files.ending(CAPTIONS)}
+    found = [
+        next((beside[key] for suffix in CAPTIONS if (key := (image.parent, image.stem, suffix)) in beside), None)
+        for image in images
+    ]
+    if not any(found):
+        raise DataError(_nothing_captioned(files, images))
+    captions = [None if path is None else _read_caption(path) for path in found]
+    used = set(found)
+    notes = _notes("text without an image", "texts without an image", [p for p in beside.values() if p not in used])
+    return FolderTable({IMAGE: [str(path) for path in images], caption: captions}, {IMAGE}, notes=notes)
+
+
+def _read_caption(path: Path) -> str:
+    return "".join(_lines(path)).strip()
+
+
+def _notes(one: str, many: str, paths: Sequence[Path]) -> list[str]:
+    if not paths:
+        return []
+    return [f"{len(paths)} {one if len(paths) == 1 else many} (such as {paths[0].name})"]
+
+
+def _nothing_captioned(files: Files, images: Sequence[Path]) -> str:
+    archives, other = files.ending((".tar",)), files.ending((".csv", ".jsonl", ".json", ".tsv"))
+    if archives:
+        return refused_archive(archives[0])
+    if not images:
+        kinds = sorted({path.suffix.lower() for path in files.paths})
+        has = f"has files ending in {', '.join(kinds[:6])}" if kinds else "is empty"
+        return f"{files.folder} {has}, but must have images or parquet files. Check the path."
+    sidecars = [path for path in other if path.suffix == ".json" and any(i.stem == path.stem for i in images[:100])]
+    if sidecars:
+        return (
+            f"{files.folder} has {len(images)} images with .json files beside them. Captions are read from "
+            f"metadata.jsonl, which this writes: prx-post data image-folder --image_dir {files.folder}"
+        )
+    seen = f" {other[0].name} is not read: if it has the captions, call it metadata{other[0].suffix}." if other else ""
+    return (
+        f"{files.folder} has {len(images)} images, but no caption: neither a text file beside each (a.png, a.txt) nor "
+        f"a metadata.jsonl with a file_name and a prompt on each line.{seen}"
+    )
+
+
+def refused_archive(path: Path) -> str:
+    """That a WebDataset shard is to be unpacked."""
+    target = path.parent / path.stem
+    return (
+        f"{path} is an archive, which is not read as it is. Unpack it, and give the folder: "
+        f"mkdir {target} && tar -xf {path} -C {target}"
+    )
