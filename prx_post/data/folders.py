@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,17 +219,27 @@ def _joined(tables: Sequence[FolderTable], images: Sequence[Path]) -> FolderTabl
 
 def _captioned(files: Files, images: Sequence[Path], caption: str) -> FolderTable:
     """By text files of the images' names; an image without one has no caption."""
-    beside = {(path.parent, path.stem, path.suffix.lower()): path for path in files.ending(CAPTIONS)}
-    found = [
-        next((beside[key] for suffix in CAPTIONS if (key := (image.parent, image.stem, suffix)) in beside), None)
-        for image in images
-    ]
+    texts = files.ending(CAPTIONS)
+    beside = BesideImages(texts)
+    found = [beside(image, CAPTIONS) for image in images]
     if not any(found):
         raise DataError(_nothing_captioned(files, images))
     captions = [None if path is None else _read_caption(path) for path in found]
     used = set(found)
-    notes = _notes("text without an image", "texts without an image", [p for p in beside.values() if p not in used])
+    notes = _notes("text without an image", "texts without an image", [path for path in texts if path not in used])
     return FolderTable({IMAGE: [str(path) for path in images], caption: captions}, {IMAGE}, notes=notes)
+
+
+class BesideImages:
+    """Finds the files that have an image's name but for the extension, which may be in upper or lower case."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._paths = {(path.parent, path.stem, path.suffix.lower()): path for path in paths}
+
+    def __call__(self, image: Path, suffixes: Sequence[str]) -> Path | None:
+        """The one with the first of these extensions, in lower case, that there is."""
+        names = ((image.parent, image.stem, suffix) for suffix in suffixes)
+        return next((self._paths[name] for name in names if name in self._paths), None)
 
 
 def _read_caption(path: Path) -> str:
@@ -253,12 +263,12 @@ def _nothing_captioned(files: Files, images: Sequence[Path]) -> str:
     sidecars = [path for path in other if path.suffix == ".json" and any(i.stem == path.stem for i in images[:100])]
     if sidecars:
         return (
-            f"{files.folder} has {len(images)} images with .json files beside them. Captions are read from "
+            f"{files.folder} has images with .json files beside them. Captions are read from "
             f"metadata.jsonl, which this writes: prx-post data image-folder --image_dir {files.folder}"
         )
     seen = f" {other[0].name} is not read: if it has the captions, call it metadata{other[0].suffix}." if other else ""
     return (
-        f"{files.folder} has {len(images)} images, but no caption: neither a text file beside each (a.png, a.txt) nor "
+        f"{files.folder} has images, but no caption: neither a text file beside each (a.png, a.txt) nor "
         f"a metadata.jsonl with a file_name and a prompt on each line.{seen}"
     )
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import write_jsonl
 from prx_post.base.settings import doc, require
-from prx_post.data.folders import IMAGES
+from prx_post.data.folders import IMAGES, BesideImages, files_of
 from prx_post.data.images import decode
 from prx_post.recipes.tables import RecipeConfig
 
@@ -70,13 +70,13 @@ def run(config: SidecarConfig) -> None:
 
 def scan(folder: Path, config: SidecarConfig) -> tuple[list[dict[str, str]], list[dict[str, str]], int]:
     """Rows for metadata.jsonl, problems ({file, problem}), and the number of images."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p.relative_to(folder)))
-    images = [p for p in files if p.suffix.lower() in IMAGES]
-    captions = {p for p in files if p.suffix.lower() in config.caption_extensions}
+    files, extensions = files_of(folder), [extension.lower() for extension in config.caption_extensions]
+    images, captions = files.ending(IMAGES), files.ending(extensions)
+    beside = BesideImages(captions)
     rows, problems, used = [], [], set()
     for image in tqdm(images, desc="reading", unit="image", leave=False):
         name = image.relative_to(folder).as_posix()
-        sidecar = _sidecar(image, captions, config.caption_extensions)
+        sidecar = beside(image, extensions)
         used.add(sidecar)
         try:
             caption = read_caption(sidecar, config.caption_field)
@@ -87,22 +87,14 @@ def scan(folder: Path, config: SidecarConfig) -> tuple[list[dict[str, str]], lis
             problems.append({"file": name, "problem": "the image cannot be decoded", "detail": str(error)})
         else:
             rows.append({"file_name": name, "prompt": caption})
-    for caption_file in sorted(captions - used):
+    for caption_file in sorted(set(captions) - used):
         name = caption_file.relative_to(folder).as_posix()
         problems.append({"file": name, "problem": "a caption without an image"})
     return rows, problems, len(images)
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 class CaptionError(Exception):
     """An image whose caption cannot be used."""
-
-
-def _sidecar(image: Path, captions: set[Path], extensions: list[str]) -> Path | None:
-    return next((p for e in extensions if (p := image.with_suffix(e)) in captions), None)
 
 
 def read_caption(path: Path | None, json_field: str) -> str:

@@ -1,13 +1,15 @@
 """Tables that data recipes start from: parquet, CSV, JSON on this disk, or a data set on the Hub."""
 
 import csv
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prx_post.base.settings import check_fields, doc, require
-from prx_post.data.readers import load_from_hub
+from prx_post.data.folders import ALL, files_of
+from prx_post.data.hub import load_from_hub
 from prx_post.data.rows import DataError
 
 
@@ -40,12 +42,15 @@ class TableConfig(RecipeConfig):
         f"folder of the recipe.",
         None,
     )
-    source_split: str = doc("Split to read, of a folder or of a Hub data set.", "train")
+    source_split: str | None = doc(
+        "Split to read: of local files those whose name, or whose folder's, begins so. null: all; of the Hub train.",
+        None,
+    )
     source_revision: str | None = doc("Hub revision (branch, tag or commit) of the source.", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_set("source", "source_split")
+        self.require_set("source")
 
 
 READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
@@ -73,12 +78,16 @@ def open_table(config: TableConfig, columns: Sequence[str], streaming: bool = Fa
             table = table.to_iterable_dataset() if streaming else table
         elif path.is_file():
             builder = READERS[path.suffix]
-            table = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
+            table = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split=ALL, streaming=streaming)
         elif path.is_dir():
-            table = datasets.load_dataset("parquet", data_dir=str(path), split=config.source_split, streaming=streaming)
+            files = files_of(path, config.source_split).ending((".parquet",))
+            if not files:
+                raise DataError(f"source is {source!r}, a folder without parquet files. Check the path.")
+            paths = [glob.escape(str(file)) for file in files]
+            table = datasets.load_dataset("parquet", data_files=paths, split=ALL, streaming=streaming)
         else:
             table = load_from_hub(
-                "source", source, split=config.source_split, revision=config.source_revision, streaming=streaming
+                "source", source, split=config.source_split or ALL, revision=config.source_revision, streaming=streaming
             )
         names = table.column_names or list(next(iter(table.take(1)), {}))
     except (

@@ -103,3 +103,16 @@ def test_a_missing_or_empty_folder_is_named(tmp_path):
         run(config(tmp_path / "none"))
     with pytest.raises(PrxPostError, match="holds no image"):
         run(config(tmp_path))
+
+
+def test_extensions_match_in_either_case(tmp_path, capsys):
+    files = {
+        "A.JPG": encoded_image("JPEG", seed=1),
+        "A.TXT": "one",
+        "b.jpg": encoded_image("JPEG", seed=2),
+        "b.Txt": "two",
+    }
+    folder = folder_with(tmp_path, files)
+    run(config(folder, caption_extensions=[".TXT"]))
+    assert read_rows(DataConfig(dataset_name=str(folder))).prompts == ["one", "two"]
+    assert "without" not in capsys.readouterr().out
