@@ -57,7 +57,7 @@ def settings(folder: Path, checkpoints: list[str], seeds: int, num_prompts: int,
 def galleries_of(config: EvalConfig) -> list[Gallery]:
     found = []
     for spec in config.checkpoint_specs():
-        gallery = Gallery(spec, open_pipeline(spec.source), (32, 64), Path(str(config.output_dir)))
+        gallery = Gallery.open(spec, config, Path(str(config.output_dir)))
         gallery.claim(config)
         found.append(gallery)
     return found

@@ -50,22 +50,25 @@ def generate(config: GenerateConfig) -> None:
 
     from prx_post.data.encoding import Encoders
     from prx_post.model.checkpoint import DTYPES, load, open_pipeline
+    from prx_post.model.inference import choose, describe
     from prx_post.model.sampler import build_sampler, default_device, generate_images, png_info
     from prx_post.model.text import PromptCleaner
 
     prompts = read_prompts(config)
     pipeline = open_pipeline(str(config.model_name_or_path), config.model_revision)
-    size = pipeline.resolve_size(config.height, config.width)
+    chosen, own = choose(config, pipeline.inference)
+    size = pipeline.resolve_size(chosen.height, chosen.width)
     output_dir = require_empty(config.output_dir)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device, dtype = default_device(), DTYPES[config.dtype]
-    cleaner = PromptCleaner(config.skip_text_cleaning)
+    print(describe(size, chosen, pipeline.sampler, own))
+    cleaner = PromptCleaner(chosen.skip_text_cleaning)
     cleaner.warn_of_lost(prompts)
     make_folder(output_dir)
     encoders = Encoders(pipeline, cleaner, device, dtype)
     checkpoint = load(pipeline, dtype)
-    sampler = build_sampler(checkpoint, size, config.num_inference_steps, config.guidance_scale, device)
+    sampler = build_sampler(checkpoint, size, chosen.num_inference_steps, chosen.guidance_scale, device)
 
     jobs = [(prompt, seed) for prompt in prompts for seed in config.seeds]
     images = generate_images(
@@ -76,13 +79,13 @@ def generate(config: GenerateConfig) -> None:
         settings = {
             "prompt": prompt,
             "seed": seed,
-            "num_inference_steps": config.num_inference_steps,
-            "guidance_scale": config.guidance_scale,
+            "num_inference_steps": chosen.num_inference_steps,
+            "guidance_scale": chosen.guidance_scale,
             "height": size[0],
             "width": size[1],
             "checkpoint": config.model_name_or_path,
             "dtype": config.dtype,
-            "skip_text_cleaning": config.skip_text_cleaning,
+            "skip_text_cleaning": chosen.skip_text_cleaning,
             "software": f"prx-post {__version__}",
         }
         image.save(output_dir / f"{i:05d}.png", pnginfo=png_info(settings))

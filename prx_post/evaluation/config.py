@@ -28,8 +28,9 @@ class CheckpointSpec:
 
     name: str
     source: str
-    num_inference_steps: int
-    guidance_scale: float
+    num_inference_steps: int | None
+    """None, as of guidance: the checkpoint's own, of which the specification alone does not know."""
+    guidance_scale: float | None
     shift_terminal: float | None = None
     """Last noise level before 0, in place of the scheduler's own; 0: as its shift alone puts it."""
     sampler: str | None = None
@@ -41,13 +42,8 @@ class CheckpointSpec:
         changes = {"shift_terminal": self.shift_terminal, "sampler": self.sampler}
         return {name: value for name, value in changes.items() if value is not None}
 
-    @property
-    def num_network_evaluations(self) -> int:
-        """How often the transformer runs for an image: with guidance, twice a step."""
-        return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
-
     @classmethod
-    def parse(cls, text: str, num_inference_steps: int, guidance_scale: float) -> "CheckpointSpec":
+    def parse(cls, text: str, num_inference_steps: int | None, guidance_scale: float | None) -> "CheckpointSpec":
         """Without a name, a path's last part, or the one before it if that is `final`.
 
         Raises ConfigError for a setting that is unknown or out of range.
@@ -65,8 +61,9 @@ class CheckpointSpec:
             spec = replace(spec, **changed)
         guidance, steps = spec.guidance_scale, spec.num_inference_steps
         reason, action = "the pipeline refuses less", "Set guidance_scale to 1 to sample without guidance"
-        require(guidance >= 1, "guidance_scale", guidance, "1 or more", reason, action)
-        require(steps > 0, "num_inference_steps", steps, "above 0", "it counts something", "Set it to 8, for instance")
+        require(guidance is None or guidance >= 1, "guidance_scale", guidance, "1 or more", reason, action)
+        reason, action = "it counts something", "Set it to 8, for instance"
+        require(steps is None or steps > 0, "num_inference_steps", steps, "above 0", reason, action)
         if spec.sampler is not None:
             require_one_of(f"sampler of checkpoint {name}", spec.sampler, SAMPLERS)
         last = spec.shift_terminal

@@ -30,7 +30,6 @@ from prx_post.evaluation.metrics import Estimate, win_fraction
 from prx_post.evaluation.report import write_report
 from prx_post.evaluation.scoring import Scores, compare, measure, open_encoders, open_rewards, reference_paths, score
 from prx_post.evaluation.summary import Slice, slices
-from prx_post.model.checkpoint import open_pipeline
 from prx_post.model.text import PromptCleaner
 from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.rewards.judges.pairwise import position_bias
@@ -64,7 +63,7 @@ def evaluate(config: EvalConfig, judge_config: VisionJudgeConfig | None = None) 
     """
     jobs = read_jobs(config)
     output_dir = _claimable(config)
-    galleries = _galleries(config, output_dir)
+    galleries = [Gallery.open(spec, config, output_dir) for spec in config.checkpoint_specs()]
     reference, encoders = reference_paths(config), open_encoders(config)
     if reference and len(jobs) < 2:
         raise PrxPostError("distances need two or more images, but there is 1 prompt and seed. Leave out metrics.")
@@ -78,7 +77,8 @@ def evaluate(config: EvalConfig, judge_config: VisionJudgeConfig | None = None) 
             stack.enter_context(FolderLock(_claim(output_dir)))
             for gallery in galleries:
                 gallery.claim(config)
-            _say_what_is_left_out(config, jobs, applies)
+                print(gallery.describe())
+            _say_what_is_left_out(config, galleries, jobs, applies)
         ranks.wait()  # until the folders are there
         for gallery in galleries:
             fill(gallery, jobs, config, ranks)
@@ -118,18 +118,11 @@ def _claim(folder: Path) -> Path:
     return folder
 
 
-def _galleries(config: EvalConfig, output_dir: Path) -> list[Gallery]:
-    """One a checkpoint; checks its components by their JSON files, and that it can generate the size asked for."""
-    galleries = []
-    for spec in config.checkpoint_specs():
-        pipeline = open_pipeline(spec.source)
-        size = pipeline.resolve_size(config.height, config.width)
-        galleries.append(Gallery(spec, pipeline, size, output_dir))
-    return galleries
-
-
-def _say_what_is_left_out(config: EvalConfig, jobs: Sequence[Job], applies: dict[str, list[str]]) -> None:
-    PromptCleaner(config.skip_text_cleaning).warn_of_lost(job.prompt for job in jobs)
+def _say_what_is_left_out(
+    config: EvalConfig, galleries: Sequence[Gallery], jobs: Sequence[Job], applies: dict[str, list[str]]
+) -> None:
+    for is_light in {gallery.settings.skip_text_cleaning for gallery in galleries}:
+        PromptCleaner(is_light).warn_of_lost(job.prompt for job in jobs)
     names = [name for name, _ in config.prompt_sets()]
     for reward, scored in applies.items():
         if left_out := [name for name in names if name not in scored]:
@@ -151,7 +144,9 @@ def _summary(
         spec = gallery.spec
         checkpoints[spec.name] = {
             **asdict(spec),
-            "num_network_evaluations": spec.num_network_evaluations,
+            "num_inference_steps": gallery.settings.num_inference_steps,
+            "guidance_scale": gallery.settings.guidance_scale,
+            "num_network_evaluations": gallery.settings.num_network_evaluations,
             "height": gallery.size[0],
             "width": gallery.size[1],
             "timing": gallery.timing(),

@@ -9,7 +9,7 @@ trajectories/<checkpoint>/<set>/<index>-seed<s>/<step>.png    the image expected
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from prx_post.data.encoding import Encoders
 from prx_post.evaluation.config import CheckpointSpec, EvalConfig
 from prx_post.evaluation.jobs import Job
 from prx_post.flow import inference_sigmas, x0_from_velocity
-from prx_post.model.checkpoint import DTYPES, PipelineFolder, load
+from prx_post.model.checkpoint import DTYPES, PipelineFolder, load, open_pipeline
 from prx_post.model.codec import to_images
+from prx_post.model.inference import Inference, choose, describe
 from prx_post.model.sampler import Sampler, build_sampler, default_device, generate_images, png_info
 from prx_post.model.scheduler import rescheduled
 from prx_post.model.text import PromptCleaner
@@ -35,12 +36,31 @@ from prx_post.model.text import PromptCleaner
 
 @dataclass
 class Gallery:
-    """One checkpoint's images."""
+    """One checkpoint's images.
+
+    Attributes:
+        settings: that they are generated with; `own` names those that are the checkpoint's.
+    """
 
     spec: CheckpointSpec
     pipeline: PipelineFolder
+    settings: Inference
+    own: Sequence[str]
     size: tuple[int, int]
     output_dir: Path
+
+    @classmethod
+    def open(cls, spec: CheckpointSpec, config: EvalConfig, output_dir: Path) -> "Gallery":
+        """Raises PrxPostError for a checkpoint that is missing or cannot generate the size asked for."""
+        pipeline = open_pipeline(spec.source)
+        steps, guidance = spec.num_inference_steps, spec.guidance_scale
+        asked = replace(config, num_inference_steps=steps, guidance_scale=guidance)
+        settings, own = choose(asked, pipeline.inference)
+        return cls(spec, pipeline, settings, own, pipeline.resolve_size(settings.height, settings.width), output_dir)
+
+    def describe(self) -> str:
+        sampler = self.spec.sampler or self.pipeline.sampler
+        return f"{self.spec.name}: {describe(self.size, self.settings, sampler, self.own)}"
 
     @property
     def folder(self) -> Path:
@@ -52,7 +72,7 @@ class Gallery:
     def trajectory(self, job: Job) -> list[Path]:
         """The images expected at each step of a job's sampling, which exist if it is among the first few."""
         folder = (self.output_dir / "trajectories" / self.spec.name / job.file).with_suffix("")
-        return [folder / f"{step:03d}.png" for step in range(self.spec.num_inference_steps)]
+        return [folder / f"{step:03d}.png" for step in range(self.settings.num_inference_steps)]
 
     def image(self, job: Job) -> Image.Image:
         """The image of a job that has been generated."""
@@ -78,18 +98,18 @@ class Gallery:
         path = self.folder / "drawn.json"
         weights = [self.pipeline.path / name for name in ("transformer", "scheduler", "vae")]
         wanted = {
-            "checkpoint": self.spec.source,
             "weights": fingerprint(self.output_dir, *weights),
-            "num_inference_steps": self.spec.num_inference_steps,
-            "guidance_scale": self.spec.guidance_scale,
+            "num_inference_steps": self.settings.num_inference_steps,
+            "guidance_scale": self.settings.guidance_scale,
             **self.spec.scheduler_changes,
             "height": self.size[0],
             "width": self.size[1],
             "dtype": config.dtype,
             "batch_size": config.batch_size,
-            "skip_text_cleaning": config.skip_text_cleaning,
+            "skip_text_cleaning": self.settings.skip_text_cleaning,
         }
         drawn = json.loads(path.read_text(encoding="utf-8")) if path.exists() else wanted
+        drawn.pop("checkpoint", None)  # its path, of an earlier version's: weights count, wherever they lie
         differing = [key for key in wanted | drawn if drawn.get(key) != wanted.get(key)]
         if differing:
             key = differing[0]
@@ -127,11 +147,12 @@ def fill(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, ranks: Ranks
     if not missing and not strips:
         return
     device, dtype = default_device(), DTYPES[config.dtype]
-    encoders = Encoders(gallery.pipeline, PromptCleaner(config.skip_text_cleaning), device, dtype)
+    encoders = Encoders(gallery.pipeline, PromptCleaner(gallery.settings.skip_text_cleaning), device, dtype)
     checkpoint = load(gallery.pipeline, dtype)
     spec = gallery.spec
     checkpoint.scheduler = rescheduled(checkpoint.scheduler, **spec.scheduler_changes)
-    sampler = build_sampler(checkpoint, gallery.size, spec.num_inference_steps, spec.guidance_scale, device)
+    steps, guidance = gallery.settings.num_inference_steps, gallery.settings.guidance_scale
+    sampler = build_sampler(checkpoint, gallery.size, steps, guidance, device)
     encoders.prompts, encoders.codec  # load both before the clock starts  # noqa: B018
     embed = _Memo(encoders)
     count, seconds = 0, 0.0
@@ -166,8 +187,8 @@ class _Memo:
 def _save(gallery: Gallery, batch: Sequence[Job], images: Sequence[Image.Image]) -> None:
     settings: dict[str, Any] = {
         "checkpoint": gallery.spec.source,
-        "num_inference_steps": gallery.spec.num_inference_steps,
-        "guidance_scale": gallery.spec.guidance_scale,
+        "num_inference_steps": gallery.settings.num_inference_steps,
+        "guidance_scale": gallery.settings.guidance_scale,
     }
     for job, image in zip(batch, images, strict=True):
         path = gallery.path(job)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import replacing
 from prx_post.model.config import EMBEDDED
+from prx_post.model.inference import FILE, Inference
 
 COMPONENTS = {
     "transformer": ("PRXTransformer2DModel",),
@@ -27,6 +28,8 @@ COMPONENTS = {
 """Each component of a latent PRX pipeline and the classes it may have."""
 
 CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+INDEX, FINAL = "model_index.json", "final"
+"""What a pipeline's folder has, and the folder of the pipeline that a run emitted."""
 WEIGHTED = ("transformer", "text_encoder", "vae")
 MAX_PROMPT_TOKENS = 8192
 """Above this a model_max_length is a placeholder (transformers writes 1e30 where none was set)."""
@@ -46,6 +49,13 @@ class PipelineFolder:
     """What the user wrote: a path, a Hub id, or `tiny`."""
     index: dict[str, Any]
     configs: dict[str, dict[str, Any]]
+    inference: Inference | None = None
+    """How it is meant to be sampled, if it says so."""
+
+    @property
+    def sampler(self) -> str:
+        """Of its scheduler, one of SAMPLERS."""
+        return "renoise" if self.configs["scheduler"].get("stochastic_sampling") else "euler"
 
     @property
     def is_from_hub(self) -> bool:
@@ -160,6 +170,8 @@ class Checkpoint:
     scheduler: Any
     card: str | None = field(default=None, repr=False)
     """README.md of the emitted folder; None copies the base's."""
+    inference: Inference | None = None
+    """How it is to be sampled; None: as the base."""
 
 
 def load(
@@ -186,13 +198,15 @@ def open_pipeline(path_or_id: str, revision: str | None = None, weights: bool = 
     """Find a pipeline and check every component by its JSON files, without loading weights.
 
     Args:
+        path_or_id: a folder, that of a run meaning the pipeline in it; a Hub id; or `tiny`.
         weights: whether they must be there too; without, the Hub is asked for the small files alone.
     """
     if path_or_id == "tiny":
         return inspect(EMBEDDED / "base", path_or_id)
     local = Path(path_or_id).expanduser()
     if local.exists():
-        return inspect(local, path_or_id, weights)
+        is_run = not (local / INDEX).exists() and (local / FINAL / INDEX).is_file()
+        return inspect(local / FINAL if is_run else local, path_or_id, weights)
     if path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1:
         raise CheckpointError(
             f"model_name_or_path is {path_or_id!r}, but there is no such folder, and it is not a Hub id "
@@ -208,7 +222,7 @@ def _download(repo_id: str, revision: str | None, weights: bool) -> Path:
     endings = (".json", ".model", ".txt", *([".safetensors"] if weights else []))
     files = [f"{name}/*{ending}" for name in COMPONENTS for ending in endings]
     try:
-        folder = snapshot_download(repo_id, revision=revision, allow_patterns=["model_index.json", "README.md", *files])
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=[INDEX, "README.md", FILE, *files])
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -227,7 +241,7 @@ def inspect(folder: Path, source: str | None = None, weights: bool = True) -> Pi
     Raises:
         CheckpointError: naming the first component that is missing or wrong.
     """
-    index = _read_json(folder, "model_index.json", "a diffusers pipeline folder has it")
+    index = _read_json(folder, INDEX, "a diffusers pipeline folder has it")
     kind = index.get("_class_name")
     if kind == "PRXPixelPipeline":
         raise CheckpointError(f"{folder} is a PRXPixelPipeline, but only latent PRX pipelines can be used so far.")
@@ -244,7 +258,7 @@ def inspect(folder: Path, source: str | None = None, weights: bool = True) -> Pi
         configs[name] = _read_json(folder, f"{name}/{file}", f"it describes the {name}")
         if weights and name in WEIGHTED and not any((folder / name).glob("*.safetensors")):
             raise CheckpointError(f"{folder}: {name} has no *.safetensors weights. Copy the checkpoint again.")
-    pipeline = PipelineFolder(folder, source or str(folder), index, configs)
+    pipeline = PipelineFolder(folder, source or str(folder), index, configs, Inference.read(folder))
     _check_components_fit(pipeline)
     return pipeline
 
@@ -319,11 +333,14 @@ def _write_pipeline(checkpoint: Checkpoint, partial: Path, dtype: str) -> None:
         shutil.copytree(base.path / "scheduler", partial / "scheduler", dirs_exist_ok=True)
     _save_transformer(checkpoint.transformer, DTYPES[dtype], partial / "transformer")
     index = {**base.index, "text_encoder": ["prx", "T5GemmaEncoder"]}
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     if checkpoint.card is not None:
         (partial / "README.md").write_text(checkpoint.card)
     elif (base.path / "README.md").is_file():
         shutil.copyfile(base.path / "README.md", partial / "README.md")
+    inference = checkpoint.inference or base.inference
+    if inference is not None:
+        inference.write(partial)
 
 
 def _save_transformer(transformer: Any, dtype: torch.dtype, folder: Path) -> None:

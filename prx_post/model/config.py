@@ -49,15 +49,17 @@ class ModelConfig:
 class DrawConfig:
     """How images are generated, and where they go; `generate` and `eval` extend it."""
 
-    num_inference_steps: int = doc("Sampler steps.", 28, above=0)
-    guidance_scale: float = doc("Classifier-free guidance; 1 switches it off.", 5.0, **GUIDANCE)
+    num_inference_steps: int | None = doc("Sampler steps; null: the checkpoint's own, or 28.", None, above=0)
+    guidance_scale: float | None = doc(
+        "Classifier-free guidance; 1 switches it off. null: the checkpoint's own, or 5.", None, **GUIDANCE
+    )
     seeds: list[int] = doc(
         "Noise seeds; every prompt gets one image for each.", [0], required=("set", "the command needs it")
     )
-    height: int | None = doc("Height, pixels; null: the checkpoint's default_sample_size.", None, above=0)
-    width: int | None = doc("Width, pixels; null: the checkpoint's default_sample_size.", None, above=0)
+    height: int | None = doc("Height, pixels; null: the checkpoint's own, or its default_sample_size.", None, above=0)
+    width: int | None = doc("Width, pixels; null: the checkpoint's own, or its default_sample_size.", None, above=0)
     batch_size: int = doc("Images at a time.", 8, above=0)
-    skip_text_cleaning: bool = doc("Only light prompt cleaning; as in training.", False)
+    skip_text_cleaning: bool | None = doc("Only light prompt cleaning; null: as the checkpoint was trained.", None)
     dtype: str = doc(
         "Precision of the transformer and text encoder: `float32` or `bfloat16`.", "float32", one_of=DTYPE_NAMES
     )

@@ -24,6 +24,7 @@ from prx_post.model import lora
 from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import PipelineFolder, emit, load, open_pipeline
 from prx_post.model.config import ModelConfig
+from prx_post.model.inference import Inference
 from prx_post.model.sampler import Sampler
 from prx_post.model.text import PromptCleaner
 from prx_post.model.trainable import make_trainable, with_weights
@@ -200,6 +201,9 @@ class PipelineStage:
             lora.save_adapter(network, run.output_dir / "final-adapter", card.render_adapter())
             network = lora.merge(network)
         checkpoint.transformer, checkpoint.scheduler, checkpoint.card = network, self.scheduler, card.render()
+        checkpoint.inference = Inference(
+            card.num_inference_steps, card.guidance_scale, card.height, card.width, card.skip_text_cleaning
+        )
         emit(checkpoint, run.final, self.config.emit_dtype)
 
     def card(self, run: Run, data: Encoded, metrics: dict[str, Any]) -> ModelCard:

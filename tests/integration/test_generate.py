@@ -6,6 +6,8 @@ from PIL import Image
 
 from prx_post import generate
 from prx_post.base.errors import PrxPostError
+from prx_post.model.checkpoint import emit, load
+from prx_post.model.inference import Inference
 
 COMMON = ["--model_name_or_path", "tiny", "--height", "32", "--width", "64", "--num_inference_steps", "4"]
 
@@ -91,3 +93,37 @@ def test_bad_input_is_refused(tmp_path, flags, message):
     with pytest.raises(PrxPostError, match=message):
         generate.run([*COMMON, "--output_dir", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
+
+
+def emitted(folder):
+    """A run's folder whose pipeline is the embedded one, to be sampled in its own way."""
+    checkpoint = load("tiny")
+    checkpoint.inference = Inference(3, 1.0, 32, 96, skip_text_cleaning=True)
+    emit(checkpoint, folder / "final")
+    return folder
+
+
+def test_a_checkpoint_is_sampled_as_it_says_unless_something_else_is_asked_for(tmp_path, capsys):
+    given = ["--model_name_or_path", str(emitted(tmp_path / "run")), "--prompts", "472"]  # a run means its pipeline
+    generate.run([*given, "--output_dir", str(tmp_path / "own")])
+    assert "96x32, 3 steps, guidance 1, light text cleaning (from the checkpoint)\n" in capsys.readouterr().out
+    image = Image.open(tmp_path / "own" / "00000.png")
+    named = ("num_inference_steps", "guidance_scale", "height", "width", "skip_text_cleaning")
+    assert [image.text[name] for name in named] == ["3", "1.0", "32", "96", "True"]
+    asked = ["--num_inference_steps", "2", "--height", "32", "--width", "64", "--skip_text_cleaning", "false"]
+    generate.run([*given, *asked, "--output_dir", str(tmp_path / "asked")])
+    assert "64x32, 2 steps, guidance 1 (guidance_scale from the checkpoint)\n" in capsys.readouterr().out
+    spelt_out = ["--num_inference_steps", "3", "--guidance_scale", "1", "--height", "32", "--width", "96"]
+    generate.run([*given, *spelt_out, "--skip_text_cleaning", "true", "--output_dir", str(tmp_path / "same")])
+    assert np.array_equal(*(np.asarray(Image.open(tmp_path / name / "00000.png")) for name in ("own", "same")))
+
+
+def test_the_embedded_pipeline_knows_its_size_and_guidance(tmp_path, capsys):
+    generate.run(["--model_name_or_path", "tiny", "--prompts", "472", "--output_dir", str(tmp_path / "out")])
+    assert "64x32, 28 steps, guidance 4 (from the checkpoint)\n" in capsys.readouterr().out
+
+
+def test_what_is_emitted_from_a_checkpoint_keeps_its_settings(tmp_path):
+    run = emitted(tmp_path / "run")
+    emit(load(str(run)), tmp_path / "again")
+    assert Inference.read(tmp_path / "again") == Inference(3, 1.0, 32, 96, skip_text_cleaning=True)

@@ -15,6 +15,7 @@ from prx_post.data.config import DataConfig
 from prx_post.data.encoding import Encoders
 from prx_post.model.checkpoint import PipelineFolder, load
 from prx_post.model.config import ModelConfig
+from prx_post.model.inference import Inference
 from prx_post.stages.sft.config import SFTConfig
 from prx_post.stages.sft.objective import FlowMatchingObjective
 from tests.conftest import numbered_images
@@ -62,6 +63,7 @@ def test_training_lowers_the_loss_on_its_own_data_and_emits_the_average(image_fo
     card = (tmp_path / "run" / "final" / "README.md").read_text()
     assert "| Stage | sft |" in card
     assert "num_inference_steps=2" in card
+    assert Inference.read(tmp_path / "run" / "final") == Inference(2, 5.0, 32, 64, skip_text_cleaning=False)
     moved = weights(tmp_path / "run" / "final")
     start = load("tiny").transformer.state_dict()
     assert moved.keys() == start.keys()

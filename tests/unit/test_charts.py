@@ -5,8 +5,8 @@ import math
 import pytest
 
 from prx_post.evaluation.charts import axis_ticks, quality_charts, series_of
-from prx_post.evaluation.config import CheckpointSpec
 from prx_post.evaluation.metrics import Estimate
+from prx_post.model.inference import Inference
 
 
 def checkpoint(source, number, guidance=1.0, rewards=None, metrics=None):
@@ -27,7 +27,7 @@ def only_chart(summary):
 
 @pytest.mark.parametrize(("guidance", "number"), [(1.0, 8), (1.01, 16), (5.0, 16)])
 def test_guidance_doubles_network_evaluations(guidance, number):
-    assert CheckpointSpec("a", "tiny", 8, guidance).num_network_evaluations == number
+    assert Inference(8, guidance).num_network_evaluations == number
 
 
 def test_a_series_is_of_one_source_and_one_guidance_by_network_evaluations():

@@ -19,6 +19,7 @@ from prx_post.data.config import DataConfig
 from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import emit, load
 from prx_post.model.config import ModelConfig
+from prx_post.model.inference import Inference
 from prx_post.model.text import save_text_encoder
 from prx_post.stages.run import run
 from prx_post.stages.sft.config import SFTConfig
@@ -73,7 +74,9 @@ def build(folder: Path, seed: int = 0) -> Path:
         images = DataConfig(dataset_name=str(data), height=HEIGHT, width=WIDTH, cache_dir=str(folder / "cache"))
         run("sft", (model, images, pretraining_config(pretraining, seed)))
     checkpoint = load(str(pretraining / "final"))
-    checkpoint.card = base_card().render()
+    card = base_card()
+    checkpoint.card = card.render()
+    checkpoint.inference = Inference(card.num_inference_steps, card.guidance_scale, HEIGHT, WIDTH)
     return emit(checkpoint, folder / "base", STORED_AS)
 
 
