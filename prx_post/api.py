@@ -9,6 +9,7 @@ import yaml
 
 from prx_post.base.errors import ConfigError
 from prx_post.base.parsing import check_known, parse, read_yaml
+from prx_post.stages.inherited import inherited
 from prx_post.stages.registry import find
 
 
@@ -31,9 +32,10 @@ def train(stage: str, config: str | Path | None = None, **settings: Any) -> Path
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     fields = {kind: [f.name for f in dataclasses.fields(kind)] for kind in kinds}
     check_known(dict.fromkeys(settings, "in train()"), [name for names in fields.values() for name in names])
-    given = {kind: {name: settings[name] for name in names if name in settings} for kind, names in fields.items()}
     if config is None:
-        return run(stage, tuple(kind(**given[kind]) for kind in kinds))
+        values = inherited(kinds, settings.get) | settings
+        given = [{name: values[name] for name in fields[kind] if name in values} for kind in kinds]
+        return run(stage, tuple(kind(**own) for kind, own in zip(kinds, given, strict=True)))
     path = Path(config).expanduser()
     if not path.is_file():
         raise ConfigError(f"config is {str(config)!r}, but there is no such file. Check the path.")
@@ -43,5 +45,6 @@ def train(stage: str, config: str | Path | None = None, **settings: Any) -> Path
     with TemporaryDirectory() as folder:
         whole = Path(folder) / path.name
         whole.write_text(yaml.safe_dump({**values, **settings}, allow_unicode=True), encoding="utf-8")
-        configs = parse(kinds, ["--config", str(whole)], f"train({stage!r})")
+        own = inherited(kinds, (values | settings).get)
+        configs = parse(kinds, ["--config", str(whole)], f"train({stage!r})", own)
     return run(stage, configs)

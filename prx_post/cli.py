@@ -16,6 +16,7 @@ from typing import Any
 from prx_post import __version__
 from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.base.parsing import parse, setting
+from prx_post.stages.inherited import inherited
 from prx_post.stages.registry import REGISTRY, meant
 
 
@@ -124,13 +125,18 @@ def _stage(name: str, args: Sequence[str]) -> Callable[[], Any]:
     asked, name = name, meant(name, setting(args, "method"))
     if asked != name and int(os.environ.get("RANK", "0")) == 0:
         print(f"the settings are those of prx-post {name}, which is run")
-    configs = parse(REGISTRY[name].configs(), args, f"prx-post {name}")
+    configs = _settings(name, args, f"prx-post {name}")
     return partial(importlib.import_module("prx_post.stages.run").run, name, configs)
+
+
+def _settings(stage: str, args: Sequence[str], prog: str) -> tuple[Any, ...]:
+    kinds = REGISTRY[stage].configs()
+    return parse(kinds, args, prog, inherited(kinds, partial(setting, args)))
 
 
 def _command(name: str, args: Sequence[str], check_only: bool) -> Callable[[], Any]:
     command = COMMANDS[name]
-    configs = parse(REGISTRY[command.configs].configs(), args, f"prx-post {name}") if command.configs else None
+    configs = _settings(command.configs, args, f"prx-post {name}") if command.configs else None
     module = importlib.import_module(command.module)
     if check_only and configs is None:
         module.check(args)

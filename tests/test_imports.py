@@ -88,9 +88,10 @@ def test_only_the_engine_imports_accelerate_or_deepspeed(path):
 
 LIGHT = {
     *("base/errors.py", "base/settings.py", "base/parsing.py", "base/files.py", "base/ranks.py", "base/net.py"),
-    *("cli.py", "engine/config.py", "model/config.py", "data/config.py", "rewards/registry.py"),
+    *("cli.py", "engine/config.py", "model/config.py", "model/inference.py", "data/config.py", "rewards/registry.py"),
     *(
         "stages/registry.py",
+        "stages/inherited.py",
         "stages/sft/config.py",
         "stages/distill/config.py",
         "stages/dpo/config.py",

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,8 +66,13 @@ INSTEAD = {
 """Settings of other trainers that have no single counterpart here, and what to do."""
 
 
-def parse(dataclass_types: Sequence[type], args: Sequence[str], prog: str) -> tuple[Any, ...]:
+def parse(
+    dataclass_types: Sequence[type], args: Sequence[str], prog: str, defaults: Mapping[str, Any] | None = None
+) -> tuple[Any, ...]:
     """Read `--config FILE` and overrides into one instance of each dataclass.
+
+    Args:
+        defaults: by name, in place of the dataclasses' own.
 
     Raises:
         ConfigError: the file is missing or no mapping, has a key twice, keys are unknown (each is named, with a hint),
@@ -90,6 +95,7 @@ def parse(dataclass_types: Sequence[type], args: Sequence[str], prog: str) -> tu
             raise ConfigError(f"{flag[1]}: {flag[2]}. See --help." if flag else f"{message}. See --help.")
 
     parser = Parser(dataclass_types=list(dataclass_types), prog=prog, allow_abbrev=False)
+    parser.set_defaults(**(defaults or {}))
     *parts, unused = parser.parse_args_and_config(args=args, return_remaining_strings=True)
     if unused:
         raise ConfigError(f"{unused[0]!r} on the command line belongs to no setting. See --help.")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import replacing
 from prx_post.model.config import EMBEDDED
-from prx_post.model.inference import FILE, Inference
+from prx_post.model.inference import FILE, INDEX, Inference, pipeline_in
 
 COMPONENTS = {
     "transformer": ("PRXTransformer2DModel",),
@@ -28,8 +28,6 @@ COMPONENTS = {
 """Each component of a latent PRX pipeline and the classes it may have."""
 
 CONFIG_FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-INDEX, FINAL = "model_index.json", "final"
-"""What a pipeline's folder has, and the folder of the pipeline that a run emitted."""
 WEIGHTED = ("transformer", "text_encoder", "vae")
 MAX_PROMPT_TOKENS = 8192
 """Above this a model_max_length is a placeholder (transformers writes 1e30 where none was set)."""
@@ -205,8 +203,7 @@ def open_pipeline(path_or_id: str, revision: str | None = None, weights: bool = 
         return inspect(EMBEDDED / "base", path_or_id)
     local = Path(path_or_id).expanduser()
     if local.exists():
-        is_run = not (local / INDEX).exists() and (local / FINAL / INDEX).is_file()
-        return inspect(local / FINAL if is_run else local, path_or_id, weights)
+        return inspect(pipeline_in(local), path_or_id, weights)
     if path_or_id.startswith((".", "/", "~")) or path_or_id.count("/") != 1:
         raise CheckpointError(
             f"model_name_or_path is {path_or_id!r}, but there is no such folder, and it is not a Hub id "

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from prx_post.base.errors import PrxPostError
+from prx_post.model.config import EMBEDDED
 
 FILE = "inference.json"
 """Beside model_index.json. Stock diffusers leaves it alone; what the sampler is, scheduler/ says."""
+INDEX, FINAL = "model_index.json", "final"
+"""What a pipeline's folder has, and the folder of the pipeline that a run emitted."""
 SIZE = ("height", "width")
 
 
@@ -37,6 +40,11 @@ class Inference:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
+    def of(cls, path_or_id: str) -> "Inference | None":
+        """Of `tiny` or a local checkpoint; None if it does not say, or lies on the Hub."""
+        return cls.read(EMBEDDED / "base" if path_or_id == "tiny" else pipeline_in(Path(path_or_id).expanduser()))
+
+    @classmethod
     def read(cls, folder: Path) -> "Inference | None":
         """None if the folder has none. Raises PrxPostError if the file does not hold such settings."""
         path = folder / FILE
@@ -51,6 +59,12 @@ class Inference:
         if not is_usable:
             raise PrxPostError(f"{path} does not hold settings of sampling. Correct it, or remove it.")
         return found
+
+
+def pipeline_in(folder: Path) -> Path:
+    """The folder of the pipeline that is meant: that of a run means what it has emitted."""
+    is_run = not (folder / INDEX).exists() and (folder / FINAL / INDEX).is_file()
+    return folder / FINAL if is_run else folder
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ No weights are loaded, and none need be there: a pipeline's JSON files are enoug
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,6 +16,7 @@ from prx_post.planning import generation, report
 from prx_post.planning.disk import run_size
 from prx_post.planning.parallel import read_parallel
 from prx_post.planning.planner import Planner
+from prx_post.stages.inherited import inherited
 from prx_post.stages.registry import find
 
 
@@ -50,7 +52,8 @@ def run(args: Sequence[str]) -> None:
 def check(args: Sequence[str]) -> tuple[Planner, PlanConfig]:
     """Read and check the settings. Raises PrxPostError as the stage itself would."""
     name = str(setting(args, "stage") or "sft")  # which says what settings there are
-    *configs, plan = parse([*find(name).configs(), PlanConfig], args, "prx-post plan")
+    kinds = find(name).configs()
+    *configs, plan = parse([*kinds, PlanConfig], args, "prx-post plan", inherited(kinds, partial(setting, args)))
     config = configs[-1]
     parallel = read_parallel(config, plan.accelerate_config, plan.num_processes)
     if parallel.zero_stage:

@@ -1,0 +1,27 @@
+"""Settings that a stage takes from the checkpoint it starts from, unless they are given. Imports nothing heavy."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prx_post.model.inference import SIZE, Inference
+
+START, TEACHER = "model_name_or_path", "teacher_model_name_or_path"
+SAMPLING = ("num_inference_steps", "guidance_scale")
+
+
+def inherited(kinds: Sequence[type], given: Callable[[str], Any]) -> dict[str, Any]:
+    """By name, what of a local checkpoint's inference.json the settings `kinds` have and are not `given`.
+
+    A distillation's teacher has settings of its own for the number of steps and the guidance.
+    """
+    names = {f.name for kind in kinds for f in dataclasses.fields(kind)}
+    start = TEACHER if TEACHER in names else START
+    own = Inference.of(str(given(start))) if given(start) else None
+    if own is None:
+        return {}
+    prefix = "teacher_" if start == TEACHER else ""
+    values = {f"{prefix}{name}" if name in SAMPLING else name: value for name, value in vars(own).items()}
+    if any(given(name) is not None for name in SIZE):
+        values = {name: value for name, value in values.items() if name not in SIZE}
+    return {n: value for n, value in values.items() if n in names and value is not None and given(n) is None}
