@@ -23,7 +23,9 @@ class GenerateConfig(DrawConfig):
     )
     model_revision: str | None = doc("Hub revision of the checkpoint.", None)
     prompts: list[str] = doc("Prompts.", [])
-    prompts_file: str | None = doc("A text file with a prompt a line; or .jsonl or .json with a `prompt` each.", None)
+    prompts_file: str | None = doc(
+        "Text with a prompt on each line, or .jsonl, .json, .csv, .tsv with a `prompt` each.", None
+    )
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:

@@ -60,6 +60,7 @@ def _child(arguments: list[str], log: Path, limits: Limits) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, in all that it starts
     flushes, flush = 0, files.flush
 
     def counted(path: Path) -> None:

@@ -24,6 +24,7 @@ LAUNCHERS_OWN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER
 
 def _run_cli(args: list[str], log: Path, errors: Path, env: dict[str, str], prepare: Callable[[], None] | None) -> None:
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, in all that it starts
     for stream, path in ((1, log), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     for name in LAUNCHERS_OWN:

@@ -42,8 +42,8 @@ class PromptConfig(EncodingConfig):
     """Prompts of images that the policy generates."""
 
     prompts_file: str | None = doc(
-        "Prompts: a text file with one per line, or .jsonl or .json with a `prompt` each; rewards may read the "
-        "other keys.",
+        "Prompts: text with one on each line, or .jsonl, .json, .csv, .tsv with a `prompt` each; rewards may read the "
+        "other columns.",
         None,
         required=("a file", "images are generated of prompts"),
     )

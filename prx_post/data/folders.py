@@ -1,7 +1,5 @@
 """A local data set's files and their table. No name makes a split unless one is asked for, and no path is a pattern."""
 
-import csv
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prx_post.data.rows import DataError
+from prx_post.data.text_files import csv_rows, json_rows, lines_of
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -134,7 +133,7 @@ def read_table(path: Path) -> FolderTable:
         DataError: it is not UTF-8, a line is no row, or it names no files; the line is given.
     """
     is_csv = path.suffix.lower() == ".csv"
-    rows = list((_csv_rows if is_csv else _json_rows)(path))
+    rows: list[dict[str, Any]] = list((csv_rows if is_csv else _json_rows)(path))
     names = list(dict.fromkeys(name for row in rows for name in row))
     images = {name: _image_column(name) for name in names if _image_column(name)}
     if not images:
@@ -159,15 +158,7 @@ def _image_column(name: str) -> str | None:
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number} is no JSON: {error.msg}. Correct it.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is no JSON object. Correct it.")
+    for number, row in json_rows(path):
         wrong = next((name for name, value in row.items() if _image_column(name) and not _is_text(value)), None)
         if wrong is not None:
             raise DataError(f"{path}, line {number}: {wrong} is {row[wrong]!r}, but must be a path. Correct it.")
@@ -176,34 +167,6 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _is_text(value: Any) -> bool:
     return value is None or isinstance(value, str)
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, str]]:
-    """Cells as they are written."""
-    reader = csv.reader(_lines(path), strict=True)
-    try:
-        header = next(reader, [])
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{path}, line {reader.line_num} has {len(cells)} cells, but must have {len(header)} as its first "
-                    f"line has. Put text with commas in quotes."
-                )
-            yield dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num} is no CSV: {error}. Correct it.") from error
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends. Raises DataError for the first that is not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}, line {number} is not UTF-8. Save the file as UTF-8.") from error
 
 
 def _joined(tables: Sequence[FolderTable], images: Sequence[Path]) -> FolderTable:
@@ -243,7 +206,7 @@ class BesideImages:
 
 
 def _read_caption(path: Path) -> str:
-    return "".join(_lines(path)).strip()
+    return "".join(lines_of(path)).strip()
 
 
 def _notes(one: str, many: str, paths: Sequence[Path]) -> list[str]:

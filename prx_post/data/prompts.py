@@ -5,11 +5,32 @@ from pathlib import Path
 from typing import Any
 
 from prx_post.base.errors import PrxPostError
+from prx_post.data.config import CAPTION_COLUMNS
+from prx_post.data.text_files import SEPARATORS, csv_rows
 
 
 def read_prompt_file(path: Path) -> list[dict[str, Any]]:
-    """Rows with a `prompt` each, of JSON or, by any other suffix, of text with one a line."""
-    return read_prompt_rows(path) if path.suffix in (".json", ".jsonl") else read_prompt_lines(path)
+    """Rows with a `prompt` each: of JSON, of a .csv or .tsv with such a column, or else of text with one a line.
+
+    Raises:
+        PrxPostError: it is not UTF-8, or an entry is no prompt; the first is named.
+    """
+    suffix = path.suffix.lower()
+    if suffix in SEPARATORS:
+        return _read_prompt_table(path)
+    return read_prompt_rows(path) if suffix in (".json", ".jsonl") else read_prompt_lines(path)
+
+
+def _read_prompt_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a table, its captions as `prompt`; rows whose prompt is empty are none."""
+    rows = list(csv_rows(path))
+    column = next((name for name in CAPTION_COLUMNS if rows and name in rows[0]), None)
+    if rows and column is None:
+        raise PrxPostError(
+            f"{path} has the columns {', '.join(rows[0])}, none of which is called {', '.join(CAPTION_COLUMNS)}. Name "
+            f"the one with the prompts so in its first line."
+        )
+    return [{**row, "prompt": row[str(column)].strip()} for row in rows if row[str(column)].strip()]
 
 
 def read_prompt_rows(path: Path) -> list[dict[str, Any]]:

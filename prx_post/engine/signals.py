@@ -6,7 +6,8 @@ from typing import Any
 
 from prx_post.base.errors import PrxPostError
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""SIGHUP: the terminal is gone."""
 
 
 class StopRequested(PrxPostError):
@@ -26,8 +27,8 @@ class StopEarly(StopTraining):
 class StopSignals:
     """While entered, a stop signal ends the preparation of data at once, and during training is noted in `received`.
 
-    A second SIGINT in training acts as it always does. The others may well come twice: from a scheduler to every
-    process, and from a launcher that passes its own on.
+    SIGHUP is left alone where it is ignored already, as under nohup. A second SIGINT in training acts as it always
+    does. The others may well come twice: from a scheduler to every process, and from a launcher that passes its own on.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -22,6 +22,10 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
 """What may differ from checkpoint to checkpoint, and its type."""
 
 
+PROMPTS = "prompts"
+"""What the set of the configuration's own prompts is called."""
+
+
 @dataclass(frozen=True)
 class CheckpointSpec:
     """A checkpoint as it is written in a configuration: `name=folder or Hub id?num_inference_steps=8&...`."""
@@ -88,15 +92,16 @@ class EvalConfig(DrawConfig):
         "(`euler`, `renoise`), too, in place of its scheduler's.",
         [],
     )
+    prompts: list[str] = doc("Prompts; a set of that name.", [])
     prompts_file: list[str] = doc(
-        "Prompt sets, `name=file` each: JSON lines with `prompt` and, optionally, `group`, `language`, and `target` or "
-        "`scene` (what prompts that are not independent share).",
+        "Prompt sets, `name=file` each: text with a prompt on each line, or .jsonl, .json, .csv, .tsv with `prompt` "
+        "and, optionally, `group`, `language`, and `target` or `scene` (what prompts that are not independent share).",
         [],
     )
     num_prompts: int | None = doc("Use this many prompts of each set, spread evenly over it; null: all.", None, above=0)
     rewards: list[str] = doc(
         "Scorers: names, `module.py:function`, or addresses of a reward server; `label=...` names one.",
-        ["ocr_exact", "ocr_graded", "judge_exact", "judge_graded"],
+        [],
     )
     reward_batch_size: int = doc("Images that a scorer with a model takes at a time.", 16, above=0)
     reward_dtype: str = doc("Precision of the scorers' and encoders' models: `float32` or `bfloat16`.", "float32")
@@ -111,13 +116,14 @@ class EvalConfig(DrawConfig):
     trajectory_prompts: int = doc("Prompts of which every checkpoint's image is shown at each step.", 2, at_least=0)
 
     def __post_init__(self) -> None:
-        for name in ("prompts_file", "checkpoints", "rewards", "metrics"):
+        for name in ("prompts", "prompts_file", "checkpoints", "rewards", "metrics"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
         super().__post_init__()
-        for name in ("checkpoints", "prompts_file"):
-            value = getattr(self, name)
-            require(bool(value), name, value, "set", "an evaluation needs it", f"Set {name}")
+        reason = "an evaluation needs it"
+        require(bool(self.checkpoints), "checkpoints", self.checkpoints, "set", reason, "Set checkpoints")
+        has_prompts, action = bool(self.prompts or self.prompts_file), "Set it, or prompts"
+        require(has_prompts, "prompts_file", self.prompts_file, "set", reason, action)
         require_one_of("reward_dtype", self.reward_dtype, DTYPE_NAMES)
         parse_specs(self.rewards)
         self._check_metrics()
@@ -140,8 +146,8 @@ class EvalConfig(DrawConfig):
         return [CheckpointSpec.parse(text, self.num_inference_steps, self.guidance_scale) for text in self.checkpoints]
 
     def prompt_sets(self) -> list[tuple[str, str]]:
-        """(name, file) of each; without a name, the file's without its ending."""
-        pairs = []
+        """(name, file) of each; without a name, the file's without its ending. `prompts` are a set without a file."""
+        pairs = [(PROMPTS, "")] if self.prompts else []
         for given in self.prompts_file:
             named = re.fullmatch(r"([\w-][\w.-]*)=(.+)", given)
             pairs.append((named[1], named[2]) if named else (Path(given).stem, given))

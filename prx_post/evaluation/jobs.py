@@ -8,7 +8,7 @@ import numpy as np
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import existing_file
-from prx_post.data.prompts import read_prompt_rows
+from prx_post.data.prompts import read_prompt_file
 from prx_post.evaluation.config import EvalConfig
 
 SEED_STRIDE = 100_000
@@ -43,12 +43,14 @@ def read_jobs(config: EvalConfig) -> list[Job]:
     jobs: list[Job] = []
     offset = 0
     for name, file in config.prompt_sets():
-        rows = read_prompt_rows(existing_file("prompts_file", file))
+        rows = [{"prompt": prompt} for prompt in config.prompts]
+        if file:
+            rows = read_prompt_file(existing_file("prompts_file", file))
         if not rows:
             raise PrxPostError(f"prompts_file is {file!r}, which has no prompts. Choose another file.")
         for i, row in enumerate(rows):
             if not row["prompt"].strip():
-                raise PrxPostError(f"prompts_file is {file!r}, whose prompt {i + 1} is empty. Remove it.")
+                raise PrxPostError(f"{file or 'prompts'}, prompt {i + 1} is empty. Remove it.")
         chosen = spread_over_groups(rows, config.num_prompts or len(rows))
         jobs += [_job(name, i, rows[i], seed, offset, config) for seed in dict.fromkeys(config.seeds) for i in chosen]
         offset += len(rows)

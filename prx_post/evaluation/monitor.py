@@ -19,7 +19,7 @@ from torch import Tensor
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import replacing
 from prx_post.data.cache import content_key
-from prx_post.data.prompts import read_prompt_rows
+from prx_post.data.prompts import read_prompt_file
 from prx_post.engine.run import Run
 from prx_post.engine.signals import StopEarly, StopRequested, StopTraining
 from prx_post.evaluation.distances import diversity, frechet_distance
@@ -85,7 +85,7 @@ class Judges:
 def _read_prompts(config: MonitorConfig) -> list[dict[str, Any]]:
     """Rows, spread evenly over the file."""
     path = Path(str(config.eval_prompts_file)).expanduser()
-    rows = read_prompt_rows(path) if path.is_file() else []
+    rows = read_prompt_file(path) if path.is_file() else []
     if not rows:
         raise PrxPostError(f"eval_prompts_file is {str(path)!r}, which is missing or has no prompts. Check the path.")
     return [rows[i] for i in spread_over_groups(rows, config.eval_num_prompts)]

@@ -17,7 +17,9 @@ class MonitorConfig(TrainConfig):
 
     eval_steps: int = doc("Optimizer steps between two evaluations of the averaged weights; 0: none.", 0, at_least=0)
     eval_prompts_file: str | None = doc(
-        "Held-out prompts for them: JSON lines with a `prompt` each; null: four captions of the data.", None
+        "Held-out prompts for them: text with one on each line, or .jsonl, .json, .csv, .tsv with a `prompt` each; "
+        "null: four captions of the data.",
+        None,
     )
     eval_num_prompts: int = doc(
         "How many of those, spread evenly over the file; two images are generated for each.", 64, above=0

@@ -14,6 +14,7 @@ FILE = "inference.json"
 INDEX, FINAL = "model_index.json", "final"
 """What a pipeline's folder has, and the folder of the pipeline that a run emitted."""
 SIZE = ("height", "width")
+SAID = {"height": "size", "num_inference_steps": "steps", "guidance_scale": "guidance"}
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,13 @@ def choose(given: Inference | Any, own: Inference | None) -> tuple[Inference, li
 
 def describe(size: tuple[int, int], settings: Inference, sampler: str, own: Sequence[str]) -> str:
     """One line, such as `64x32, 8 steps, guidance 1 (from the checkpoint)`; width first, as images are named."""
-    parts = [f"{size[1]}x{size[0]}", f"{settings.num_inference_steps} steps", f"guidance {settings.guidance_scale:g}"]
+    steps = settings.num_inference_steps
+    counted = f"{steps} step{'' if steps == 1 else 's'}"
+    parts = [f"{size[1]}x{size[0]}", counted, f"guidance {settings.guidance_scale:g}"]
     if sampler != "euler":
         parts.append(f"sampler {sampler}")
     if settings.skip_text_cleaning:
         parts.append("light text cleaning")
-    whole = {"num_inference_steps", "guidance_scale", "height"} <= set(own)
-    named = [name for name in own if name not in ("width", "skip_text_cleaning")]
-    origin = " (from the checkpoint)" if whole else f" ({', '.join(named)} from the checkpoint)" if named else ""
-    return f"{', '.join(parts)}{origin}"
+    from_it = [word for name, word in SAID.items() if name in own]
+    origin = "" if len(from_it) == len(SAID) else f"{', '.join(from_it)} "
+    return f"{', '.join(parts)}{f' ({origin}from the checkpoint)' if from_it else ''}"

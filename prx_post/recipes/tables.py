@@ -1,6 +1,5 @@
 """Tables that data recipes start from: parquet, CSV, JSON on this disk, or a data set on the Hub."""
 
-import csv
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from prx_post.base.settings import check_fields, doc, require
 from prx_post.data.folders import ALL, files_of
 from prx_post.data.hub import load_from_hub
 from prx_post.data.rows import DataError
+from prx_post.data.text_files import SEPARATORS, csv_rows
 
 
 @dataclass
@@ -55,7 +55,6 @@ class TableConfig(RecipeConfig):
 
 READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 """Builders of `datasets` by a file's suffix."""
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def open_table(config: TableConfig, columns: Sequence[str], streaming: bool = False) -> Any:
@@ -74,7 +73,7 @@ def open_table(config: TableConfig, columns: Sequence[str], streaming: bool = Fa
         raise DataError(f"source is {source!r}, but must be one of {', '.join(suffixes)}. Convert the file.")
     try:
         if path.suffix in SEPARATORS and path.is_file():
-            table = datasets.Dataset.from_list(read_csv(path, SEPARATORS[path.suffix]))
+            table = datasets.Dataset.from_list(list(csv_rows(path)))
             table = table.to_iterable_dataset() if streaming else table
         elif path.is_file():
             builder = READERS[path.suffix]
@@ -93,7 +92,6 @@ def open_table(config: TableConfig, columns: Sequence[str], streaming: bool = Fa
     except (
         datasets.exceptions.DatasetsError,
         pyarrow.ArrowException,
-        csv.Error,
         ValueError,
         OSError,
     ) as error:
@@ -106,10 +104,3 @@ def open_table(config: TableConfig, columns: Sequence[str], streaming: bool = Fa
                 f"Set the recipe's column names to these."
             )
     return table
-
-
-def read_csv(path: Path, separator: str) -> list[dict[str, str | None]]:
-    """The rows, every cell as text: readers that guess types turn the prompt "007" into 7, and "None" into nothing."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter=separator, restkey=""))
-    return [{name: value for name, value in row.items() if name} for row in rows]

@@ -14,6 +14,8 @@ from prx_post.rewards.scorers.numbers import FORMS
 from prx_post.tiny.datasets import prompt_set, write_folder, write_prompts
 from tests.conftest import numbered_images
 
+READERS = ("ocr_exact", "ocr_graded", "judge_exact", "judge_graded")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -25,7 +27,7 @@ def world(tmp_path_factory):
 
 
 def flags(world, output_dir, *more):
-    common = ("--prompts_file", f"numbers={world / 'p.jsonl'}", "--height", 32, "--width", 64)
+    common = ("--prompts_file", f"numbers={world / 'p.jsonl'}", "--height", 32, "--width", 64, "--rewards", *READERS)
     return [str(f) for f in [*common, "--num_inference_steps", 4, "--output_dir", output_dir, *more]]
 
 
@@ -50,7 +52,7 @@ def test_results_hold_every_reward_and_metric_with_an_interval_overall_and_by_gr
     _, results = evaluated
     assert results["num_images"] == 48
     plain = results["checkpoints"]["plain"]
-    assert set(plain["rewards"]) == {"ocr_exact", "ocr_graded", "judge_exact", "judge_graded"}
+    assert set(plain["rewards"]) == set(READERS)
     assert set(plain["metrics"]) == {"fid", "diversity"}
     for estimate in (*plain["rewards"].values(), *plain["metrics"].values()):
         assert estimate["low"] <= estimate["value"] <= estimate["high"]
@@ -202,6 +204,20 @@ def test_no_rewards_at_all_still_gives_images_and_a_report(world, tmp_path):
     )
     assert results_of(out)["checkpoints"]["tiny"]["rewards"] == {}
     assert (out / "report.html").read_text().count("<img") >= 3
+
+
+def test_prompts_may_be_given_as_they_are_or_in_a_table(tmp_path, capsys):
+    (tmp_path / "p.csv").write_text("prompt,language\n007,en\n,de\n8,de\n")
+    out = tmp_path / "out"
+    sets = ["--prompts", "472", "a red cube", "--prompts_file", str(tmp_path / "p.csv")]
+    steps = ["--num_inference_steps", "1", "--guidance_scale", "1"]  # the size is the checkpoint's
+    evaluate.run(["--checkpoints", "tiny", *sets, *steps, "--output_dir", str(out)])
+    assert "tiny: 64x32, 1 step, guidance 1 (size from the checkpoint)\n" in capsys.readouterr().out
+    parts = {(part["kind"], part["value"]): part["num_prompts"] for part in results_of(out)["slices"]}
+    assert parts["set", "prompts"] == 2
+    assert parts["set", "p"] == 2
+    with Image.open(out / "images" / "tiny" / "p" / "00000-seed0.png") as image:
+        assert (image.size, image.text["prompt"]) == ((64, 32), "007")
 
 
 def test_a_part_of_the_prompts_spans_every_group_and_asks_for_as_many_things_as_it_can():

@@ -23,7 +23,17 @@ def arguments(world, output_dir):
     return [
         *("eval", "--checkpoints", "a=tiny", "b=tiny?num_inference_steps=2", "--prompts_file", world / "p.jsonl"),
         *("--num_prompts", 21, "--num_inference_steps", 3, "--height", 32, "--width", 64, "--batch_size", 4),
-        *("--metrics", "fid=judge", "--reference_dir", world / "reference", "--output_dir", output_dir),
+        *(
+            "--rewards",
+            "ocr_exact",
+            "judge_exact",
+            "--metrics",
+            "fid=judge",
+            "--reference_dir",
+            world / "reference",
+            "--output_dir",
+            output_dir,
+        ),
     ]
 
 

@@ -53,7 +53,7 @@ def test_eight_runs_killed_at_random_moments_and_inside_saves_lose_nothing(image
     assert found.lost_or_changed == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
 def test_a_signal_finishes_the_step_saves_and_exits_with_75(image_folder, warm_cache, tmp_path, undisturbed, number):
     run = tmp_path / "run"
     arguments = sft_arguments(image_folder, warm_cache, run, save_steps=100)

@@ -112,7 +112,7 @@ def test_a_checkpoint_is_sampled_as_it_says_unless_something_else_is_asked_for(t
     assert [image.text[name] for name in named] == ["3", "1.0", "32", "96", "True"]
     asked = ["--num_inference_steps", "2", "--height", "32", "--width", "64", "--skip_text_cleaning", "false"]
     generate.run([*given, *asked, "--output_dir", str(tmp_path / "asked")])
-    assert "64x32, 2 steps, guidance 1 (guidance_scale from the checkpoint)\n" in capsys.readouterr().out
+    assert "64x32, 2 steps, guidance 1 (guidance from the checkpoint)\n" in capsys.readouterr().out
     spelt_out = ["--num_inference_steps", "3", "--guidance_scale", "1", "--height", "32", "--width", "96"]
     generate.run([*given, *spelt_out, "--skip_text_cleaning", "true", "--output_dir", str(tmp_path / "same")])
     assert np.array_equal(*(np.asarray(Image.open(tmp_path / name / "00000.png")) for name in ("own", "same")))

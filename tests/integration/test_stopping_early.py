@@ -40,7 +40,7 @@ def encoded(cache: Path) -> int:
     return sum(len(TensorCache(folder)._shard_of) for folder in (cache / "latents").iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
 def test_a_signal_during_encoding_keeps_what_was_encoded_and_asks_to_be_run_again(number, image_folder, tmp_path):
     cache = tmp_path / "cache"
     call = sft_arguments(image_folder, cache, tmp_path / "run", max_steps=1)

@@ -67,7 +67,7 @@ def test_a_size_is_taken_whole():
         (
             ["num_inference_steps"],
             "renoise",
-            "64x32, 8 steps, guidance 1, sampler renoise (num_inference_steps from the checkpoint)",
+            "64x32, 8 steps, guidance 1, sampler renoise (steps from the checkpoint)",
         ),
     ],
 )

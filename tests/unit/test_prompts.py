@@ -22,6 +22,8 @@ def generated(path):
         ("p.txt", "\ufeffa red cube\n\n  {not json}  \n", ["a red cube", "{not json}"]),
         ("p.jsonl", '{"prompt": "a", "target": "1"}\n\n{"prompt": "b"}\n', ["a", "b"]),
         ("p.json", '["a", {"prompt": "b"}]', ["a", "b"]),
+        ("p.csv", 'prompt,target\r\n007,7\r\n\r\n"a red, round cube",\r\n,8\r\n', ["007", "a red, round cube"]),
+        ("p.tsv", "id\ttext\n1\tNone\n", ["None"]),
     ],
 )
 def test_generate_reads_text_json_lines_and_json(tmp_path, name, text, prompts):
@@ -37,6 +39,8 @@ def test_generate_reads_text_json_lines_and_json(tmp_path, name, text, prompts):
         ("p.json", b'["a", 3]', "entry 2 is no prompt"),
         ("p.jsonl", b'{"prompt": "\\ud83d"}', "line 1 holds half of a character"),
         ("p.json", b'["a", ', "is not valid JSON: Expecting value: line 1"),
+        ("p.csv", b"a red cube\na blue ball\n", "has the columns a red cube, none of which is called prompt, text"),
+        ("p.csv", b"prompt\na, b\n", "line 2 has 2 cells, but must have 1"),
         ("p.json", b'{"prompt": "a"}', 'must be a list such as \\["a red cube"'),
     ],
 )

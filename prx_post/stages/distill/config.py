@@ -31,7 +31,7 @@ class TeacherConfig:
     )
     teacher_batch_size: int = doc("Latents that the teacher makes at a time.", 16, above=0)
     prompts_file: str | None = doc(
-        "Training prompts: JSON lines with a `prompt` each.",
+        "Training prompts: text with one on each line, or .jsonl, .json, .csv, .tsv with a `prompt` each.",
         None,
         required=("a file", "the teacher makes a latent of each"),
         action="Set it to a file of prompts",

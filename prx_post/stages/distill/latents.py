@@ -21,7 +21,7 @@ from prx_post.base.ranks import Ranks
 from prx_post.data.buckets import Buckets
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
 from prx_post.data.encoding import EncodedCache, Encoders, encode_prompts, prepare, with_what_others_wrote
-from prx_post.data.prompts import read_prompt_rows
+from prx_post.data.prompts import read_prompt_file
 from prx_post.data.rows import ImageRows
 from prx_post.data.scan import Sample
 from prx_post.model.checkpoint import PipelineFolder
@@ -57,7 +57,7 @@ def read_training_prompts(config: TeacherConfig, cleaner: PromptCleaner) -> list
     if not path.is_file():
         raise PrxPostError(f"prompts_file is {config.prompts_file!r}, but there is no such file. Check the path.")
     found: dict[str, Prompt] = {}
-    for row, line in enumerate(read_prompt_rows(path)):
+    for row, line in enumerate(read_prompt_file(path)):
         cleaned = cleaner(line["prompt"])
         if not cleaned:
             raise PrxPostError(

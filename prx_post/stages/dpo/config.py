@@ -47,7 +47,7 @@ class OnlineConfig(RankingConfig):
         resume="fixed",
     )
     prompts_file: str | None = doc(
-        "Prompts of online pairs: a text file with one per line, or .jsonl or .json with a `prompt` each.", None
+        "Prompts of online pairs: text with one on each line, or .jsonl, .json, .csv, .tsv with a `prompt` each.", None
     )
     prompts_per_round: int = doc("Of which online pairs are made at a time.", 64, above=0)
     steps_per_round: int = doc(

@@ -61,7 +61,7 @@ class MakePairsConfig(RankingConfig):
     )
     model_revision: str | None = doc("Hub revision (branch, tag or commit) of the checkpoint.", None)
     prompts_file: str | None = doc(
-        "A text file with one prompt per line; or .jsonl or .json with a `prompt` each.",
+        "Text with a prompt on each line, or .jsonl, .json, .csv, .tsv with a `prompt` each.",
         None,
         required=("a file", "images are made of its prompts"),
     )
