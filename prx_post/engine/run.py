@@ -21,6 +21,7 @@ from prx_post.engine.config import TrainConfig
 from prx_post.engine.processes import agreement, build_accelerator, ranks_of, split_frozen
 from prx_post.engine.resume import check_settings, keep_global_batch
 from prx_post.engine.signals import StopSignals
+from prx_post.model.inference import FINAL
 
 PEER_LOST = ("closed by peer", "reset by peer", "timed out", "broken pipe", "waiting for clients")
 """Words in torch's errors when another process is gone or does not answer."""
@@ -64,7 +65,7 @@ class Run:
     @property
     def final(self) -> Path:
         """Where the pipeline is emitted."""
-        return self.output_dir / "final"
+        return self.output_dir / FINAL
 
     @property
     def global_batch_size(self) -> int:
@@ -116,8 +117,8 @@ def open_run(config: TrainConfig, settings: dict[str, Any], rules: dict[str, Rul
         _check_folder(config, folder)
         make_folder(folder)
         lock = FolderLock(folder, leaves_file=True)
-        if (folder / "final").exists():
-            _check_finished(config, folder)
+        if (folder / FINAL).exists() and not _goes_on(config, folder):
+            tqdm.write(f"the run in {folder} has finished: there is nothing to do")
             return None, True
         saved = select_checkpoint(config.resume_from_checkpoint, folder, config.resume_past_damage)
         for line in check_settings(saved, settings, rules) if saved else []:
@@ -159,21 +160,26 @@ def _peers_may_be_lost(config: TrainConfig, signals: StopSignals) -> Iterator[No
         ) from error
 
 
-def _check_finished(config: TrainConfig, folder: Path) -> None:
-    """Raise PrxPostError if a finished run is asked for more steps than it was meant to have, or for earlier ones."""
+def _goes_on(config: TrainConfig, folder: Path) -> bool:
+    """Whether a finished run is asked for more steps than it has made; what it emitted is then kept by another name.
+
+    Raises:
+        PrxPostError: it is asked to go on from an earlier checkpoint.
+    """
     if config.resume_from_checkpoint != LATEST:
         raise PrxPostError(
             f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, but the run in {folder} has finished, and "
-            f"its pipeline is not overwritten. Move {folder / 'final'} away, or choose another output_dir."
+            f"its pipeline is not overwritten. Move {folder / FINAL} away, or choose another output_dir."
         )
     for newest in checkpoints(folder)[-1:]:
-        meant = open_checkpoint(newest).info["settings"]["max_steps"]
-        if config.max_steps > meant:
-            raise PrxPostError(
-                f"max_steps is {config.max_steps}, but the run in {folder} has finished with {meant}. "
-                f"Move its final folder away to train further, or start a new run from it."
-            )
-    tqdm.write(f"the run in {folder} has finished: there is nothing to do")
+        made = open_checkpoint(newest).info["settings"]["max_steps"]
+        if config.max_steps > made:
+            tqdm.write(f"the run had finished with {made} steps; its pipeline is kept as {FINAL}-{made:06d}")
+            for name in (f"{FINAL}-adapter", FINAL):  # this last: by it a finished run is known
+                if (folder / name).exists():
+                    (folder / name).rename(folder / name.replace(FINAL, f"{FINAL}-{made:06d}"))
+            return True
+    return False
 
 
 def _check_shared(config: TrainConfig, ranks: Ranks, patience_s: float = 10.0) -> None:

@@ -246,12 +246,19 @@ def test_a_checkpoint_of_another_base_or_without_an_average_is_refused(
         train(*settings(image_folder, warm_cache, half_done, ema_decay=0.0, **common))
 
 
-def test_more_steps_of_a_finished_run_are_refused_and_no_more_are_nothing_to_do(image_folder, warm_cache, tmp_path):
-    common = {"resume_from_checkpoint": "latest", "save_steps": 2}
-    train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=2, **common))
-    train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=2, **common))
-    with pytest.raises(PrxPostError, match="max_steps is 4, but the run in .* has finished with 2"):
-        train(*settings(image_folder, warm_cache, tmp_path / "run", max_steps=4, **common))
+def test_a_finished_run_goes_on_if_more_steps_are_asked_for(image_folder, warm_cache, tmp_path, capsys):
+    common = {"resume_from_checkpoint": "latest", "save_steps": 2, "lr_scheduler_type": "constant"}
+    run, emitted = tmp_path / "run", "transformer/diffusion_pytorch_model.safetensors"
+    train(*settings(image_folder, warm_cache, run, max_steps=2, **common))
+    first = (run / "final" / emitted).read_bytes()
+    train(*settings(image_folder, warm_cache, run, max_steps=2, **common))
+    assert "has finished: there is nothing to do" in capsys.readouterr().out
+    train(*settings(image_folder, warm_cache, run, max_steps=4, **common))
+    assert "had finished with 2 steps; its pipeline is kept as final-000002" in capsys.readouterr().out
+    assert (run / "final-000002" / emitted).read_bytes() == first
+    train(*settings(image_folder, warm_cache, tmp_path / "whole", max_steps=4, **common))
+    assert (run / "final" / emitted).read_bytes() == (tmp_path / "whole" / "final" / emitted).read_bytes()
+    assert [line["step"] for line in numbers(run)] == [1, 2, 3, 4]
 
 
 def test_files_are_flushed_before_the_folder_is_renamed_and_old_ones_go_last(tmp_path, monkeypatch):

@@ -113,7 +113,7 @@ def test_mistakes_in_the_source_are_named(tmp_path):
     with pytest.raises(PrxPostError, match="must end in .jsonl"):
         run(PromptListConfig(source="x.txt", output_file="prompts.txt"))
     (tmp_path / "latin.csv").write_bytes("prompt\ncafé\n".encode("latin-1"))
-    with pytest.raises(PrxPostError, match="latin.csv', which could not be read: 'utf-8' codec can't decode"):
+    with pytest.raises(PrxPostError, match="latin.csv, line 2 is not UTF-8"):
         run(PromptListConfig(source=str(tmp_path / "latin.csv"), **common))
     (tmp_path / "source.xml").write_text("<x/>")
     with pytest.raises(PrxPostError, match="must be one of .parquet, .json, .jsonl, .csv, .tsv"):
