@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 from prx_post.base.errors import PrxPostError
 
+FINAL = "final"
+"""Folder of the pipeline that a run emits, in its own."""
 PARTIAL = ".partial"
 LOCK = ".lock"
 TRACES = ("bad_rows.jsonl", "filtered_pairs.jsonl", LOCK)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
-from prx_post.base.files import LOCK, FolderLock, make_folder, require_empty
+from prx_post.base.files import FINAL, LOCK, FolderLock, make_folder, require_empty
 from prx_post.base.ranks import Ranks
 from prx_post.base.settings import Rules
 from prx_post.engine.checkpointing import LATEST, SavedState, checkpoints, open_checkpoint, select_checkpoint
@@ -21,7 +21,6 @@ from prx_post.engine.config import TrainConfig
 from prx_post.engine.processes import agreement, build_accelerator, ranks_of, split_frozen
 from prx_post.engine.resume import check_settings, keep_global_batch
 from prx_post.engine.signals import StopSignals
-from prx_post.model.inference import FINAL
 
 PEER_LOST = ("closed by peer", "reset by peer", "timed out", "broken pipe", "waiting for clients")
 """Words in torch's errors when another process is gone or does not answer."""

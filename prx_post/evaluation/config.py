@@ -18,6 +18,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "guidance_scale": float,
     "shift_terminal": float,
     "sampler": str,
+    "adapter": str,
 }
 """What may differ from checkpoint to checkpoint, and its type."""
 
@@ -39,6 +40,8 @@ class CheckpointSpec:
     """Last noise level before 0, in place of the scheduler's own; 0: as its shift alone puts it."""
     sampler: str | None = None
     """One of SAMPLERS, in place of the scheduler's own."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter."""
 
     @property
     def scheduler_changes(self) -> dict[str, Any]:
@@ -88,8 +91,8 @@ class EvalConfig(DrawConfig):
 
     checkpoints: list[str] = doc(
         "`name=folder or Hub id`, one or more; the first is the baseline. Settings of one alone follow a question "
-        "mark: `student=runs/student/final?num_inference_steps=8&guidance_scale=1`; `shift_terminal` and `sampler` "
-        "(`euler`, `renoise`), too, in place of its scheduler's.",
+        "mark: `student=runs/student?num_inference_steps=8&guidance_scale=1`; `shift_terminal` and `sampler` (`euler`, "
+        "`renoise`), too, in place of its scheduler's; and `adapter`, a folder with one for it.",
         [],
     )
     prompts: list[str] = doc("Prompts; a set of that name.", [])

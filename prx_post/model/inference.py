@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from prx_post.base.errors import PrxPostError
+from prx_post.base.files import FINAL
 from prx_post.model.config import EMBEDDED
 
 FILE = "inference.json"
 """Beside model_index.json. Stock diffusers leaves it alone; what the sampler is, scheduler/ says."""
-INDEX, FINAL = "model_index.json", "final"
-"""What a pipeline's folder has, and the folder of the pipeline that a run emitted."""
+INDEX = "model_index.json"
+"""What a pipeline's folder has."""
 SIZE = ("height", "width")
 SAID = {"height": "size", "num_inference_steps": "steps", "guidance_scale": "guidance"}
 

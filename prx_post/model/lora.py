@@ -1,5 +1,7 @@
 """LoRA adapters on a PRX transformer: attach, save, merge. peft does the work."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +32,53 @@ def attach(transformer: torch.nn.Module, config: ModelConfig) -> Any:
 
 def check_targets(pipeline: PipelineFolder, targets: list[str] | None) -> None:
     """Raise PrxPostError for a target that is no linear layer of the transformer; no weights are loaded."""
+    missing = _missing_target(pipeline, targets or TARGET_MODULES)
+    if missing is not None:
+        raise PrxPostError(
+            f"lora_target_modules is {targets}, but {missing!r} is no linear layer of the transformer. "
+            f"Choose from {', '.join(TARGET_MODULES)}."
+        )
+
+
+def _missing_target(pipeline: PipelineFolder, targets: Iterable[str]) -> str | None:
     from diffusers import PRXTransformer2DModel
 
     with torch.device("meta"):
         transformer = PRXTransformer2DModel.from_config(pipeline.configs["transformer"])
     names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    for target in targets or TARGET_MODULES:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise PrxPostError(
-                f"lora_target_modules is {targets}, but {target!r} is no linear layer of the transformer. "
-                f"Choose from {', '.join(TARGET_MODULES)}."
-            )
+    return next((t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)), None)
+
+
+def open_adapter(path: str, pipeline: PipelineFolder) -> Path:
+    """The folder of a saved LoRA adapter that fits the pipeline's transformer; no weights are loaded.
+
+    Raises:
+        PrxPostError: there is none, or it is for another network.
+    """
+    folder = Path(path).expanduser()
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config.is_file() or not weights.is_file():
+        raise PrxPostError(
+            f"adapter is {path!r}, but must be a folder with adapter_config.json and adapter_model.safetensors, such "
+            f"as a run's final-adapter. Check the path."
+        )
+    targets = json.loads(config.read_text(encoding="utf-8")).get("target_modules") or []
+    missing = _missing_target(pipeline, [targets] if isinstance(targets, str) else targets)
+    if missing is not None:
+        raise PrxPostError(f"adapter is {path!r}, which is for {missing!r}, no linear layer of {pipeline.source}.")
+    return folder
+
+
+def merge_adapter(transformer: Any, folder: Path) -> Any:
+    """The transformer with a saved adapter folded into its weights. Raises PrxPostError if their shapes differ."""
+    from peft import PeftModel
+
+    try:
+        return merge(PeftModel.from_pretrained(transformer, folder))
+    except RuntimeError as error:
+        raise PrxPostError(
+            f"adapter is {str(folder)!r}, whose weights do not fit: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def save_adapter(peft_model: Any, folder: Path, card: str) -> None:

@@ -1,13 +1,21 @@
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from prx_post import generate
 from prx_post.base.errors import PrxPostError
+from prx_post.model import lora
+from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import emit, load
+from prx_post.model.config import ModelConfig
 from prx_post.model.inference import Inference
+from prx_post.tiny import BASE
 
 COMMON = ["--model_name_or_path", "tiny", "--height", "32", "--width", "64", "--num_inference_steps", "4"]
 
@@ -127,3 +135,66 @@ def test_what_is_emitted_from_a_checkpoint_keeps_its_settings(tmp_path):
     run = emitted(tmp_path / "run")
     emit(load(str(run)), tmp_path / "again")
     assert Inference.read(tmp_path / "again") == Inference(3, 1.0, 32, 96, skip_text_cleaning=True)
+
+
+def an_adapter(folder):
+    """Trained, if by nothing but chance. Returns the transformer with it merged."""
+    network = lora.attach(load("tiny").transformer, ModelConfig(model_name_or_path="tiny", use_peft=True, lora_r=4))
+    torch.manual_seed(0)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    card = ModelCard("an adapter", "sft", str(BASE), False, "nothing", 4, 1.0, "float32")
+    lora.save_adapter(network, folder, card.render_adapter())
+    return lora.merge(network)
+
+
+def test_an_adapter_is_drawn_with_as_if_it_were_merged(tmp_path):
+    checkpoint = load("tiny")
+    checkpoint.transformer = an_adapter(tmp_path / "adapter")
+    emit(checkpoint, tmp_path / "merged")
+    for name, given in (("one", ["tiny", "--adapter", str(tmp_path / "adapter")]), ("two", [str(tmp_path / "merged")])):
+        drawn = ["--prompts", "472", "--num_inference_steps", "2", "--output_dir", str(tmp_path / name)]
+        generate.run(["--model_name_or_path", *given, *drawn])
+    one, two = (np.asarray(Image.open(tmp_path / name / "00000.png")).astype(int) for name in ("one", "two"))
+    assert np.abs(one - two).max() <= 1
+    assert Image.open(tmp_path / "one" / "00000.png").text["adapter"] == str(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "must be a folder with adapter_config.json"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "must be a folder with adapter_config.json"),
+        (lambda folder: edit(folder, {"target_modules": ["to_q"]}), "for 'to_q', no linear layer of tiny"),
+        (lambda folder: edit(folder, {"r": 8}), "whose weights do not fit"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path, damage, message):
+    an_adapter(tmp_path / "adapter")
+    damage(tmp_path / "adapter")
+    given = ["--adapter", str(tmp_path / "adapter"), "--prompts", "472", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(PrxPostError, match=message):
+        generate.run(["--model_name_or_path", "tiny", *given])
+
+
+def edit(folder, changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_lines_of_an_adapters_card_load_it_without_prx_post(tmp_path):
+    merged = an_adapter(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    lines = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "adapter"))
+    weight = "base_model.model.blocks.0.attention.img_qkv_proj"
+    check = f"""
+import sys
+assert not any(name.split(".")[0] == "prx_post" for name in sys.modules)
+layer = pipe.transformer.get_submodule({weight!r})
+torch.save(layer.base_layer.weight + layer.get_delta_weight("default"), {str(tmp_path / "weight.pt")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", lines + check], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    own = merged.get_submodule(weight.removeprefix("base_model.model.")).weight
+    assert torch.allclose(torch.load(tmp_path / "weight.pt"), own, atol=1e-6)
