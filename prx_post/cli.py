@@ -3,6 +3,7 @@
 A stage's settings are read and checked before torch is imported, so `--help` and every typo are answered at once.
 """
 
+import difflib
 import importlib
 import os
 import sys
@@ -46,6 +47,7 @@ COMMANDS = {
         "score checkpoints on the same prompts and seeds; JSON and HTML report",
         is_launched=True,
     ),
+    "export": Command("prx_post.stages.export", "the pipeline of a checkpoint that a run saved on its way"),
     "plan": Command("prx_post.planning.plan", "what a stage would take, memory and disk, without training"),
     "data": Command("prx_post.recipes.commands", "real data sets from recipes: Alchemist, preference pairs, prompts"),
     "data teacher-latents": Command(
@@ -81,10 +83,11 @@ Post-training and alignment for PRX text-to-image checkpoints.
 commands:
 {commands}
 
-`prx-post <command> --help` lists a command's settings. Every setting may stand in the YAML file or on the command line.
-On several processes ({launched}): add --num_processes N and
---accelerate_config multi_gpu|zero1|zero2|zero3|FILE (and for several machines --num_machines, --machine_rank,
---main_process_ip, --main_process_port); torchrun works as well.
+`prx-post <command> --help` explains a command's settings, --print_config writes a file with all of them. Every
+setting may stand in the YAML file or on the command line.
+On several processes ({launched}): add
+--num_processes N and --accelerate_config multi_gpu|zero1|zero2|zero3|FILE (and for several machines --num_machines,
+--machine_rank, --main_process_ip, --main_process_port); torchrun works as well.
 """
 
 
@@ -97,9 +100,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         print(f"prx-post {__version__}")
         return 0
+    if args[0] == "help":
+        args = [*args[1:], "--help"]
+        if len(args) == 1:
+            print(_usage())
+            return 0
     name, *rest = [" ".join(args[:2]), *args[2:]] if " ".join(args[:2]) in COMMANDS else args
     if name not in REGISTRY and name not in COMMANDS:
-        print(f"error: {name!r} is not a command. Choose from {', '.join(_listed())}.", file=sys.stderr)
+        close = difflib.get_close_matches(name, _listed(), n=1, cutoff=0.75)
+        hint = f"Did you mean {close[0]!r}" if close else f"Choose from {', '.join(_listed())}"
+        print(f"error: {name!r} is not a command. {hint}.", file=sys.stderr)
         return 2
     try:
         flags, own = split_launch_flags(rest) if _is_launched(name) else ({}, list(rest))
@@ -131,7 +141,7 @@ def _stage(name: str, args: Sequence[str]) -> Callable[[], Any]:
 
 def _settings(stage: str, args: Sequence[str], prog: str) -> tuple[Any, ...]:
     kinds = REGISTRY[stage].configs()
-    return parse(kinds, args, prog, inherited(kinds, partial(setting, args)))
+    return parse(kinds, args, prog, inherited(kinds, partial(setting, args)), REGISTRY[stage].summary)
 
 
 def _command(name: str, args: Sequence[str], check_only: bool) -> Callable[[], Any]:
@@ -178,6 +188,9 @@ def _usage() -> str:
 def entry_point() -> None:
     try:
         code = main()
+    except BrokenPipeError:  # of whoever reads what is printed, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except Exception:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from prx_post.base.errors import ConfigError
-from prx_post.base.settings import RULES
+from prx_post.base.settings import GROUP, RULES
 
 ELSEWHERE = {
     "lr": "learning_rate",
@@ -54,6 +54,8 @@ ELSEWHERE = {
     "logging_dir": "report_to",
 }
 """What other trainers call a setting, and our name for it."""
+SHOWN = ("help", "print_config", "print_schema")
+"""Flags that show something instead of running."""
 INSTEAD = {
     "num_train_epochs": "a run's length is max_steps, optimizer steps",
     "epochs": "a run's length is max_steps, optimizer steps",
@@ -67,27 +69,37 @@ INSTEAD = {
 
 
 def parse(
-    dataclass_types: Sequence[type], args: Sequence[str], prog: str, defaults: Mapping[str, Any] | None = None
+    dataclass_types: Sequence[type],
+    args: Sequence[str],
+    prog: str,
+    defaults: Mapping[str, Any] | None = None,
+    summary: str | None = None,
 ) -> tuple[Any, ...]:
     """Read `--config FILE` and overrides into one instance of each dataclass.
 
     Args:
         defaults: by name, in place of the dataclasses' own.
+        summary: what `prog` does; None: the first dataclass's docstring.
 
     Raises:
+        SystemExit: help, a configuration or its schema was asked for, and has been printed.
         ConfigError: the file is missing or no mapping, has a key twice, keys are unknown (each is named, with a hint),
             or a value is of the wrong type or out of range.
     """
     known = [f.name for kind in dataclass_types for f in dataclasses.fields(kind)]
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     check_known({**_keys_of_file(args), **_keys_of_flags(args)}, known)
+    shown = _shown(dataclass_types, args, prog, defaults, summary)
+    if shown is not None:
+        print(shown)
+        raise SystemExit(0)
     from trl import TrlParser
 
     class Parser(TrlParser):
         @staticmethod
         def _parse_dataclass_field(parser: Any, field: Any) -> None:
             plain = copy.copy(field)  # argparse would take our rules for arguments of its own
-            plain.metadata = {key: value for key, value in field.metadata.items() if key != RULES}
+            plain.metadata = {key: value for key, value in field.metadata.items() if key not in (RULES, GROUP)}
             TrlParser._parse_dataclass_field(parser, plain)
 
         def error(self, message: str) -> NoReturn:
@@ -100,6 +112,40 @@ def parse(
     if unused:
         raise ConfigError(f"{unused[0]!r} on the command line belongs to no setting. See --help.")
     return tuple(parts)
+
+
+def _shown(
+    kinds: Sequence[type], args: Sequence[str], prog: str, defaults: Mapping[str, Any] | None, summary: str | None
+) -> str | None:
+    """What is asked for instead of a run: help, a configuration, its schema; None if it is none of them."""
+    from prx_post.base import help
+
+    settings = help.settings_of(kinds, defaults)
+    if "--help" in args or "-h" in args:
+        first = (kinds[0].__doc__ or "").split("\n\n")[0]
+        return help.render_help(prog, summary or " ".join(first.split()), settings)
+    if "--print_schema" in args:
+        return help.render_schema(prog, settings).rstrip()
+    if "--print_config" in args:
+        given = _values_of_flags(args)
+        file = Path(given.pop("config")[0]) if given.get("config") else None
+        values = {} if file is None else read_yaml(file)
+        values |= {s.name: s.value_of(given[s.name]) for s in settings if s.name in given}
+        return help.render_config(prog, settings, values).rstrip()
+    return None
+
+
+def _values_of_flags(args: Sequence[str]) -> dict[str, list[str]]:
+    """The texts after each flag."""
+    found: dict[str, list[str]] = {}
+    last = ""
+    for arg in args:
+        if arg.startswith("--"):
+            last, has_value, value = arg[2:].partition("=")
+            found[last] = [value] if has_value else []
+        elif last:
+            found[last].append(arg)
+    return {name: values for name, values in found.items() if name not in SHOWN}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -155,7 +201,7 @@ def setting(args: Sequence[str], name: str) -> Any:
 
 def _keys_of_flags(args: Sequence[str]) -> dict[str, str]:
     flags = (arg[2:].split("=")[0].replace("-", "_") for arg in args if arg.startswith("--"))
-    return {flag: "on the command line" for flag in flags if flag not in ("config", "help", "")}
+    return {flag: "on the command line" for flag in flags if flag not in ("config", *SHOWN, "")}
 
 
 def check_known(keys: dict[str, str], known: Sequence[str]) -> None:

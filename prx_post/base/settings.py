@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from prx_post.base.errors import ConfigError, PrxPostError
 
-RULES = "rules"
-"""Key of a field's `Rules` in its metadata."""
+RULES, GROUP = "rules", "group"
+"""Keys of a field's `Rules`, and of the group that help shows it in, in its metadata."""
 Resume = Literal["mention", "fixed", "free"]
 """On resuming, a changed setting is mentioned; must not change, for the saved state means nothing without it; or may
 change freely, for what is computed does not depend on it."""
@@ -38,13 +38,14 @@ class Rules:
     resume: Resume = "mention"
 
 
-def doc(help: str, default: Any = dataclasses.MISSING, **rules: Any) -> Any:
+def doc(help: str, default: Any = dataclasses.MISSING, group: str | None = None, **rules: Any) -> Any:
     """A field with its documentation, which `--help` shows.
 
     Args:
+        group: that it is shown in; None: its class's attribute `group`.
         rules: those of `Rules`; bounds hold for numbers, `one_of` for a text or for each of a list.
     """
-    metadata = {"help": help, RULES: Rules(**rules)}
+    metadata = {"help": help, RULES: Rules(**rules), GROUP: group}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -83,9 +84,9 @@ def check_fields(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if isinstance(value, int) and not isinstance(value, bool) and float in _alternatives(hints[f.name]):
+        if isinstance(value, int) and not isinstance(value, bool) and float in alternatives(hints[f.name]):
             setattr(config, f.name, float(value))
-        elif isinstance(value, list) and list[float] in _alternatives(hints[f.name]):
+        elif isinstance(value, list) and list[float] in alternatives(hints[f.name]):
             setattr(config, f.name, [float(v) if type(v) is int else v for v in value])
         _check_type(config, f.name, hints[f.name])
         _check_rules(f.name, getattr(config, f.name), f.metadata.get(RULES, Rules()))
@@ -129,7 +130,7 @@ def _bounds(name: str, value: float, rules: Rules) -> Iterable[tuple[bool, str, 
 
 def _check_type(config: Any, name: str, hint: Any) -> None:
     value = getattr(config, name)
-    if any(_is_a(value, kind) for kind in _alternatives(hint)):
+    if any(_is_a(value, kind) for kind in alternatives(hint)):
         return
     expected = _describe(hint)
     wrong = f"it was given as {type(value).__name__}"
@@ -138,7 +139,8 @@ def _check_type(config: Any, name: str, hint: Any) -> None:
     require(False, name, value, expected, wrong, f"Write {name} as {expected}")
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one there is."""
     is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     return typing.get_args(hint) if is_union else (hint,)
 
@@ -154,7 +156,7 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 def _wrong_elements(value: Any, hint: Any) -> list[Any]:
     """The elements that keep `value` from being the kind of list in the annotation, if both are lists."""
-    for kind in _alternatives(hint):
+    for kind in alternatives(hint):
         if typing.get_origin(kind) is list and isinstance(value, list):
             (item,) = typing.get_args(kind)
             return [element for element in value if not _is_a(element, item)]
@@ -164,7 +166,7 @@ def _wrong_elements(value: Any, hint: Any) -> list[Any]:
 def _describe(hint: Any) -> str:
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     described = []
-    for kind in _alternatives(hint):
+    for kind in alternatives(hint):
         if typing.get_origin(kind) is list:
             described.append(f"a list, each {_describe(typing.get_args(kind)[0])}")
         else:

@@ -16,6 +16,8 @@ CAPTION_COLUMNS = ("prompt", "text", "caption")
 class EncodingConfig:
     """How prompts, and images if there are any, become embeddings and latents."""
 
+    group = "data"
+
     height: int | None = doc(
         "Train at this height, pixels; null: aspect buckets of the checkpoint's size.", None, above=0
     )
@@ -41,6 +43,8 @@ class EncodingConfig:
 class PromptConfig(EncodingConfig):
     """Prompts of images that the policy generates."""
 
+    group = "data"
+
     prompts_file: str | None = doc(
         "Prompts: text with one on each line, or .jsonl, .json, .csv, .tsv with a `prompt` each; rewards may read the "
         "other columns.",
@@ -55,6 +59,8 @@ class PromptConfig(EncodingConfig):
 class EncodedData(EncodingConfig):
     """Images of prompts, encoded once."""
 
+    group = "data"
+
     dataset_name: str | None = doc(f"{DATASET}.", None)
     dataset_split: str | None = doc(
         "Split to read: of local files those whose name, or whose folder's, begins so. null: all; of the Hub train.",
@@ -67,6 +73,8 @@ class EncodedData(EncodingConfig):
 @dataclass
 class DataConfig(EncodedData):
     """Images with captions."""
+
+    group = "data"
 
     dataset_name: str | None = doc(
         f"{DATASET}.",
@@ -89,6 +97,8 @@ class PreferenceConfig(EncodedData):
     Both images of a pair are trained at the chosen one's size.
     """
 
+    group = "data"
+
     dataset_name: str | None = doc(f"{DATASET}; null where the policy makes its own pairs.", None)
     chosen_column: str = doc("Column with the preferred images.", "chosen")
     rejected_column: str = doc("Column with the other images.", "rejected")
@@ -109,6 +119,8 @@ class PreferenceConfig(EncodedData):
 @dataclass
 class TimestepConfig:
     """The density of training timesteps: logit-normal, a fraction of them uniform, then shifted."""
+
+    group = "training"
 
     timestep_mean: float = doc("Mean of the normal variable whose sigmoid is t.", 0.0)
     timestep_std: float = doc("Standard deviation of that variable.", 1.0, above=0)

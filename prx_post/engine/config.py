@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prx_post.base.settings import check_fields, doc, require, require_one_of
 
@@ -17,7 +18,7 @@ SCHEDULES = (
 """Those of transformers' `get_scheduler` that need no settings beyond warm-up and length."""
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 DEEPSPEED_STAGES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-DECAY = {
+DECAY: dict[str, Any] = {
     "at_least": 0,
     "below": 1,
     "reason": "an average that keeps everything never moves",
@@ -29,11 +30,14 @@ DECAY = {
 class TrainConfig:
     """The optimisation loop. Every stage's own configuration extends this one."""
 
+    group = "training"
+
     output_dir: str | None = doc(
         "Folder of the run; must be new or empty, unless a run in it is resumed.",
         None,
         required=("a folder", "the run is written there"),
         resume="free",
+        group="saving",
     )
     max_steps: int = doc("Optimizer steps.", 1000, above=0)
     per_device_train_batch_size: int = doc("Samples per device and micro-batch.", 8, above=0, resume="free")
@@ -67,48 +71,72 @@ class TrainConfig:
     gradient_checkpointing: bool = doc("Recompute activations in the backward pass to save memory.", False)
     torch_compile: bool = doc("Compile each transformer block.", False)
     seed: int = doc("Seed of data order, noise, timesteps and caption dropout.", 0, at_least=0, resume="fixed")
-    logging_steps: int = doc("Optimizer steps between two lines of metrics.", 10, above=0, resume="free")
+    logging_steps: int = doc(
+        "Optimizer steps between two lines of metrics.", 10, above=0, resume="free", group="saving"
+    )
     report_to: list[str] = doc(
         "Trackers by accelerate's names (tensorboard, wandb, trackio), or `none`.",
         ["tensorboard"],
         one_of=TRACKERS,
         resume="free",
+        group="saving",
     )
-    run_name: str | None = doc("Name of the run in the trackers; null: the output folder's name.", None, resume="free")
-    sample_steps: int = doc("Optimizer steps between two sample grids; 0 for none at all.", 250, at_least=0)
-    sample_prompts: list[str] = doc("Prompts of the sample grid.", [])
-    sample_seeds: list[int] = doc("Noise seeds of the sample grid, one column each.", [0, 1, 2, 3])
-    num_inference_steps: int = doc("Sampler steps for sample grids, and what the model card recommends.", 28, above=0)
+    run_name: str | None = doc(
+        "Name of the run in the trackers; null: the output folder's name.", None, resume="free", group="saving"
+    )
+    sample_steps: int = doc(
+        "Optimizer steps between two sample grids; 0 for none at all.", 250, at_least=0, group="validation"
+    )
+    sample_prompts: list[str] = doc("Prompts of the sample grid.", [], group="validation")
+    sample_seeds: list[int] = doc("Noise seeds of the sample grid, one column each.", [0, 1, 2, 3], group="validation")
+    num_inference_steps: int = doc(
+        "Sampler steps for sample grids, and what the model card recommends.", 28, above=0, group="validation"
+    )
     guidance_scale: float = doc(
         "Guidance for sample grids, and what the model card recommends.",
         5.0,
         at_least=1,
         reason="the pipeline refuses less",
         action="Set guidance_scale to 1 to sample without guidance",
+        group="validation",
     )
     emit_dtype: str = doc(
-        "Storage type of the emitted transformer: `float32` or `bfloat16`.", "float32", one_of=("float32", "bfloat16")
+        "Storage type of the emitted transformer: `float32` or `bfloat16`.",
+        "float32",
+        one_of=("float32", "bfloat16"),
+        group="saving",
     )
-    num_threads: int = doc("CPU threads torch may use; 0 leaves torch's own choice.", 0, at_least=0, resume="free")
+    num_threads: int = doc(
+        "CPU threads torch may use; 0 leaves torch's own choice.", 0, at_least=0, resume="free", group="processes"
+    )
     deepspeed: str | None = doc(
         "`zero1`, `zero2`, `zero3`, `zero2_offload`, `zero3_offload` (optimizer on the CPU), or a DeepSpeed JSON file; "
         "null: what `accelerate launch` says, or none.",
         None,
         resume="free",
+        group="processes",
     )
-    ddp_timeout: int = doc("Seconds after which processes that wait for another give up.", 1800, above=0, resume="free")
+    ddp_timeout: int = doc(
+        "Seconds after which processes that wait for another give up.", 1800, above=0, resume="free", group="processes"
+    )
     save_steps: int = doc(
         "Optimizer steps between two checkpoints to resume from; 0 saves on a signal only.",
         500,
         at_least=0,
         resume="free",
+        group="saving",
     )
-    save_total_limit: int | None = doc("Checkpoints kept, the newest ones; null keeps all.", 2, above=0, resume="free")
+    save_total_limit: int | None = doc(
+        "Checkpoints kept, the newest ones; null keeps all.", 2, above=0, resume="free", group="saving"
+    )
     resume_from_checkpoint: str | None = doc(
-        "`latest` (of output_dir; a fresh start if it has none), or a checkpoint folder.", None, resume="free"
+        "`latest` (of output_dir; a fresh start if it has none), or a checkpoint folder.",
+        None,
+        resume="free",
+        group="saving",
     )
     resume_past_damage: bool = doc(
-        "With `latest`: if the newest checkpoint is damaged, take the one before.", False, resume="free"
+        "With `latest`: if the newest checkpoint is damaged, take the one before.", False, resume="free", group="saving"
     )
 
     def __post_init__(self) -> None:

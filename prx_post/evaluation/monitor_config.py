@@ -15,6 +15,8 @@ WINS = "_wins"
 class MonitorConfig(TrainConfig):
     """What the averaged weights are judged by while they are trained."""
 
+    group = "validation"
+
     eval_steps: int = doc("Optimizer steps between two evaluations of the averaged weights; 0: none.", 0, at_least=0)
     eval_prompts_file: str | None = doc(
         "Held-out prompts for them: text with one on each line, or .jsonl, .json, .csv, .tsv with a `prompt` each; "

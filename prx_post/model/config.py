@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import prx_post
 from prx_post.base.settings import check_fields, doc, require
@@ -13,7 +14,7 @@ SAMPLERS = ("euler", "renoise")
 """`euler` follows the flow; `renoise` goes to x0 at every step and back up with new noise."""
 ATTENTION_HEADS = 4
 """Of a discriminator head's cross-attention."""
-GUIDANCE = {
+GUIDANCE: dict[str, Any] = {
     "at_least": 1,
     "reason": "the pipeline refuses less",
     "action": "Set guidance_scale to 1 to sample without guidance",
@@ -23,6 +24,8 @@ GUIDANCE = {
 @dataclass
 class ModelConfig:
     """Which PRX checkpoint to start from, and which of its weights to train."""
+
+    group = "model"
 
     model_name_or_path: str | None = doc(
         "Folder or Hub id of a PRX pipeline; `tiny` is the embedded base.",

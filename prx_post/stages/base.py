@@ -194,27 +194,31 @@ class PipelineStage:
     def emit(self, run: Run, data: Encoded, weights: dict[str, Tensor], metrics: dict[str, Any]) -> None:
         """`final/`, a complete pipeline; for LoRA with the adapter merged, and the adapter in `final-adapter/`."""
         _check_finite(weights, run)
+        self.write(run.final, self.card(run.output_dir.name, run.settings, data.described, metrics), weights)
+
+    def write(self, folder: Path, card: ModelCard, weights: dict[str, Tensor]) -> None:
+        """A pipeline with trained weights, by name; an adapter beside it, its folder called so and then `-adapter`."""
         checkpoint = load(self.pipeline)
-        card = self.card(run, data, metrics)
         network = with_weights(checkpoint.transformer, self.model, weights)
         if self.model.use_peft:
-            lora.save_adapter(network, run.output_dir / "final-adapter", card.render_adapter())
+            lora.save_adapter(network, folder.with_name(f"{folder.name}-adapter"), card.render_adapter())
             network = lora.merge(network)
         checkpoint.transformer, checkpoint.scheduler, checkpoint.card = network, self.scheduler, card.render()
         checkpoint.inference = Inference(
             card.num_inference_steps, card.guidance_scale, card.height, card.width, card.skip_text_cleaning
         )
-        emit(checkpoint, run.final, self.config.emit_dtype)
+        emit(checkpoint, folder, self.config.emit_dtype)
 
-    def card(self, run: Run, data: Encoded, metrics: dict[str, Any]) -> ModelCard:
+    def card(self, title: str, settings: dict[str, Any], data: str, metrics: dict[str, Any]) -> ModelCard:
+        """Of a pipeline, by what it was trained with and on, and by how that went."""
         config, loss = self.config, metrics["loss"]
         height, width = self.size or (None, None)
         return ModelCard(
-            title=run.output_dir.name,
+            title=title,
             stage=self.name,
             base=self.pipeline.source,
             base_is_on_hub=self.pipeline.is_from_hub,
-            data=data.described,
+            data=data,
             licence=self.pipeline.licence,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
@@ -223,7 +227,7 @@ class PipelineStage:
             width=width,
             skip_text_cleaning=self.cleaner.skip_text_cleaning,
             example=next(iter(config.sample_prompts), ModelCard.example),
-            config=run.settings,
+            config=settings,
             metrics={
                 "optimizer steps": metrics["step"],
                 "final training loss": "unknown" if loss is None else f"{loss:.4f}",

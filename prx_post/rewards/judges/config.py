@@ -23,6 +23,8 @@ MIN_ANSWERS = 20
 class VisionJudgeConfig:
     """A vision-language model that compares images, and how it is asked."""
 
+    group = "judge"
+
     judge_url: str | None = doc("Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1.", None)
     judge_model: str | None = doc("The model's name there.", None)
     judge_api_key_env: str | None = doc(

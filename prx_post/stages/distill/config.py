@@ -20,6 +20,8 @@ WITH_NETWORK = ("ladd", "dmd2")
 class TeacherConfig:
     """The teacher, and the latents that it makes of prompts."""
 
+    group = "data"
+
     teacher_model_name_or_path: str | None = doc("Folder or Hub id of the teacher; null: model_name_or_path.", None)
     teacher_model_revision: str | None = doc("Hub revision of the teacher.", None)
     teacher_num_inference_steps: int = doc("Sampler steps of the teacher's latents.", 28, above=0)

@@ -203,8 +203,8 @@ class Distill(PipelineStage):
             autocast=self.config.bf16,
         )
 
-    def card(self, run: Run, data: Encoded, metrics: dict[str, Any]) -> ModelCard:
-        teacher, card = self.teacher_config, super().card(run, data, metrics)
+    def card(self, title: str, settings: dict[str, Any], data: str, metrics: dict[str, Any]) -> ModelCard:
+        teacher, card = self.teacher_config, super().card(title, settings, data, metrics)
         given = (teacher.height, teacher.width) if teacher.height and teacher.width else (None, None)
         return dataclasses.replace(
             card,
