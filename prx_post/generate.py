@@ -81,7 +81,7 @@ def generate(config: GenerateConfig) -> None:
     images = generate_images(
         sampler, encoders.prompts, encoders.codec.decode, [p for p, _ in jobs], [s for _, s in jobs], config.batch_size
     )
-    for i, image in enumerate(tqdm(images, total=len(jobs), desc="generating", unit="image")):
+    for i, image in enumerate(tqdm(images, total=len(jobs), desc="generating", unit="image", disable=None)):
         prompt, seed = jobs[i]
         settings = {
             "prompt": prompt,

@@ -30,6 +30,11 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def hides_progress(self) -> bool | None:
+        """tqdm's `disable`: None, by which a bar is shown on a terminal alone, for the main process."""
+        return None if self.is_main else True
+
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Every `world`-th item, beginning with the `rank`-th."""
         return items[self.rank :: self.world]

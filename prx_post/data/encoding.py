@@ -103,16 +103,17 @@ def fill_cache(
         cache.latents.folder, _bytes_needed(encoders, list(new_prompts.values()), list(new_images.values()))
     )
     unreadable: dict[str, str] = {}
-    quiet = ranks.rank > 0
 
     def embeddings() -> Iterator[tuple[str, Tensor]]:
         items = ranks.share(list(new_prompts.items()))
-        for key, prompt in tqdm(items, desc="encoding prompts", unit="prompt", leave=False, disable=quiet):
+        for key, prompt in tqdm(
+            items, desc="encoding prompts", unit="prompt", leave=False, disable=ranks.hides_progress
+        ):
             yield key, encoders.prompts(prompt)
 
     def latents() -> Iterator[tuple[str, Tensor]]:
         items = ranks.share(list(new_images.items()))
-        for key, sample in tqdm(items, desc="encoding images", unit="image", leave=False, disable=quiet):
+        for key, sample in tqdm(items, desc="encoding images", unit="image", leave=False, disable=ranks.hides_progress):
             try:
                 yield key, encoders.latents(rows.image_bytes(sample.row), sample.size)
             except OSError as error:

@@ -124,7 +124,7 @@ def scan_pairs(
     """Sort this rank's pairs into usable and bad ones, from prompts and image headers."""
     pairs, bad = [], []
     numbers = ranks.share(range(len(rows) // 2))
-    for number in tqdm(numbers, desc="scanning", unit="pair", leave=False, disable=ranks.rank > 0):
+    for number in tqdm(numbers, desc="scanning", unit="pair", leave=False, disable=ranks.hides_progress):
         prompt, size, samples, own_sizes = rows.prompts[2 * number] or "", None, [], set()
         cleaned = cleaner(prompt)
         if not is_visible(cleaned):

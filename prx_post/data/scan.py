@@ -49,7 +49,9 @@ def scan(
 ) -> tuple[list[Sample], list[BadRow]]:
     """Sort this process's rows into usable samples and bad rows, from captions and image headers (or images)."""
     samples, bad = [], []
-    for row in tqdm(ranks.share(range(len(rows))), desc="scanning", unit="row", leave=False, disable=ranks.rank > 0):
+    for row in tqdm(
+        ranks.share(range(len(rows))), desc="scanning", unit="row", leave=False, disable=ranks.hides_progress
+    ):
         prompt = rows.prompts[row] or ""
         cleaned = cleaner(prompt)
         if not is_visible(cleaned):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +56,8 @@ class RunLog:
         self.is_main = accelerator.is_main_process
         self.path = run.output_dir / METRICS
         name, first_step = config.run_name or run.output_dir.name, run.saved.step if run.saved else 0
-        self.bar = tqdm(total=config.max_steps, desc=name, unit="step", disable=not self.is_main)
+        self.bar = tqdm(total=config.max_steps, desc=name, unit="step", disable=run.ranks.hides_progress)
+        self._max_steps, self._is_terminal = config.max_steps, sys.stderr.isatty()
         if self.is_main:
             text = yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True)
             (run.output_dir / "config.yaml").write_text(text)
@@ -87,13 +89,15 @@ class RunLog:
         self.bar.update(steps)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Record `metrics` for optimizer step `step`; the bar shows the loss and images/s."""
+        """Record `metrics` of optimizer step `step`. The bar, or off a terminal a line, shows the loss and images/s."""
         if self.is_main:
             known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, "time": round(time.time(), 3), **known}) + "\n")
             shown = {"loss": f"{metrics['loss']:.4f}", "images/s": f"{metrics['images_per_second']:.1f}"}
             self.bar.set_postfix(shown)
+            if not self._is_terminal:
+                self.say(f"step {step} of {self._max_steps}: " + ", ".join(f"{n} {v}" for n, v in shown.items()))
         self.accelerator.log(metrics, step=step)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:

@@ -163,8 +163,7 @@ def fill(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, ranks: Ranks
     encoders.prompts, encoders.codec  # load both before the clock starts  # noqa: B018
     embed = _Memo(encoders)
     count, seconds = 0, 0.0
-    quiet = ranks.rank > 0
-    for batch in tqdm(missing, desc=f"generating {spec.name}", unit="batch", disable=quiet):
+    for batch in tqdm(missing, desc=f"generating {spec.name}", unit="batch", disable=ranks.hides_progress):
         began = time.perf_counter()
         prompts, seeds = [job.prompt for job in batch], [job.noise_seed for job in batch]
         images = list(generate_images(sampler, embed, encoders.codec.decode, prompts, seeds, len(batch)))

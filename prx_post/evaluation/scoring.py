@@ -80,7 +80,7 @@ def score(
         for gallery in galleries:
             found: list[tuple[int, float]] = []
             title = f"{name} of {gallery.spec.name}"
-            for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=ranks.rank > 0, leave=False):
+            for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=ranks.hides_progress, leave=False):
                 part = own[start : start + CHUNK]
                 found += zip(part, _score_chunk(known, name, gallery, [jobs[i] for i in part]), strict=True)
             values = np.full(len(jobs), np.nan)
@@ -108,7 +108,7 @@ def compare(
     for gallery in others:
         wins: list[tuple[int, float]] = []
         title = f"judging {gallery.spec.name}"
-        for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=ranks.rank > 0, leave=False):
+        for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=ranks.hides_progress, leave=False):
             part = own[start : start + CHUNK]
             of = [jobs[i] for i in part]
             first, second = list(baseline.images(of)), list(gallery.images(of))

@@ -95,7 +95,9 @@ def verify(folder: Path, path: Path) -> None:
     ok = [e for e in read_manifest(path).values() if e.status == "ok"]
     if not ok:
         raise PrxPostError(f"{path} names no image. Run the recipe without --verify first.")
-    damaged = [what for e in tqdm(ok, desc="checking", unit="file", leave=False) if (what := damage(folder, e))]
+    damaged = [
+        what for e in tqdm(ok, desc="checking", unit="file", leave=False, disable=None) if (what := damage(folder, e))
+    ]
     for what in damaged:
         print(what)
     if damaged:

@@ -120,7 +120,7 @@ def _listed(counts: Counts) -> str:
 
 def pairs_of(table: Iterable[dict[str, Any]], config: PairsConfig, counts: Counts) -> Iterator[Pair]:
     """Pairs of images with different scores, in the table's order; `counts` grows with what was read."""
-    for number, row in enumerate(tqdm(table, desc="pairing", unit="row", leave=False)):
+    for number, row in enumerate(tqdm(table, desc="pairing", unit="row", leave=False, disable=None)):
         counts["rows"] += 1
         prompt = (row[config.prompt_column] or "").strip()
         scores = _numbers(_cells(row, config.score_columns))

@@ -74,7 +74,7 @@ def scan(folder: Path, config: SidecarConfig) -> tuple[list[dict[str, str]], lis
     images, captions = files.ending(IMAGES), files.ending(extensions)
     beside = BesideImages(captions)
     rows, problems, used = [], [], set()
-    for image in tqdm(images, desc="reading", unit="image", leave=False):
+    for image in tqdm(images, desc="reading", unit="image", leave=False, disable=None):
         name = image.relative_to(folder).as_posix()
         sidecar = beside(image, extensions)
         used.add(sidecar)

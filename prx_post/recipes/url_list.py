@@ -149,7 +149,7 @@ def _safe_stem(key: str, taken: set[str]) -> str:
 def _still_valid(rows: list[Row], known: dict[str, Entry], folder: Path, retry_failed: bool) -> dict[str, Entry]:
     """What an earlier run settled; damaged files are named and left out, so that they are fetched again."""
     valid = {}
-    for row in tqdm(rows, desc="checking", unit="file", leave=False):
+    for row in tqdm(rows, desc="checking", unit="file", leave=False, disable=None):
         entry = known.get(row.key)
         if entry is None or entry.url != row.url:
             continue
@@ -185,7 +185,7 @@ def fetch_all(rows: list[Row], settled: dict[str, Entry], folder: Path, config: 
     pool = ThreadPoolExecutor(config.num_workers)
     try:
         jobs = [pool.submit(_fetch_group, patient, group, donors.get(url), folder) for url, group in by_url.items()]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="fetching", unit="URL", leave=False):
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="fetching", unit="URL", leave=False, disable=None):
             yield from job.result()
     finally:
         patient.stop.set()  # on an error or Ctrl-C nobody goes on waiting for another try

@@ -129,14 +129,16 @@ def teacher_latents(
         check_free_space(cache.latents.folder, 4 * channels * height * width * batch * len(missing))
     own = ranks.share(missing)
     if own:
-        _make(own, cache, sampler(), quiet=ranks.rank > 0)
+        _make(own, cache, sampler(), hides_progress=ranks.hides_progress)
     return samples, with_what_others_wrote(open_cache, [p.latent_key for p in prompts], [], ranks)
 
 
-def _make(batches: Sequence[Sequence[Prompt]], cache: EncodedCache, sampler: Sampler, quiet: bool) -> None:
+def _make(
+    batches: Sequence[Sequence[Prompt]], cache: EncodedCache, sampler: Sampler, hides_progress: bool | None
+) -> None:
     assert isinstance(cache.latents, TensorCache)
     null = cache.embeddings[content_key("")]
-    progress = tqdm(total=len(batches), desc="teacher latents", unit="batch", disable=quiet)
+    progress = tqdm(total=len(batches), desc="teacher latents", unit="batch", disable=hides_progress)
     for start in range(0, len(batches), BATCHES_A_FILE):
         made: list[tuple[str, Tensor]] = []
         for part in batches[start : start + BATCHES_A_FILE]:

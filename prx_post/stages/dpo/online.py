@@ -139,7 +139,7 @@ class OnlinePairs:
         groups: list[Group] = []
         self.policy.eval()
         firsts = range(0, len(batches), ranks.world)
-        for first in tqdm(firsts, desc=f"pairs of round {number + 1}", leave=False, disable=not ranks.is_main):
+        for first in tqdm(firsts, desc=f"pairs of round {number + 1}", leave=False, disable=ranks.hides_progress):
 
             def work(mine: int = first + ranks.rank) -> tuple[list[Group], int]:
                 return self._groups(batches[mine]) if mine < len(batches) else [], signals.received

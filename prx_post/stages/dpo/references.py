@@ -93,10 +93,10 @@ class ReferenceErrors:
     def _errors(self, places: Sequence[int], draws: Sequence[Sequence[Draw]]) -> Iterator[tuple[int, Tensor]]:
         """Of each pair, by its place, [draws, 2]; computed in micro-batches of pairs of one size."""
         run, pairs, count = self.run, self.source.pairs, self.config.precompute_ref_errors
-        most, quiet = self.config.per_device_train_batch_size, not run.ranks.is_main
+        most, hides_progress = self.config.per_device_train_batch_size, run.ranks.hides_progress
         reference = FrozenCopy(run.place(run.transformer(self.pipeline, self.dtype)))
         with tqdm(
-            total=len(places), desc="errors of the reference", unit="pair", leave=False, disable=quiet
+            total=len(places), desc="errors of the reference", unit="pair", leave=False, disable=hides_progress
         ) as progress:
             for size in sorted({pairs[i].chosen.size for i in places}):
                 of_size = [i for i in places if pairs[i].chosen.size == size]

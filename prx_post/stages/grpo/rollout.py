@@ -213,7 +213,7 @@ class Rollouts:
         made, began = list[dict[str, Tensor]](), time.perf_counter()
         self.policy.eval()
         firsts = range(0, len(rollout.seeds), most)
-        for first in tqdm(firsts, desc=f"rollout {number + 1}", leave=False, disable=not ranks.is_main):
+        for first in tqdm(firsts, desc=f"rollout {number + 1}", leave=False, disable=ranks.hides_progress):
 
             def work(part: slice = slice(first, first + most)) -> int:
                 trajectories = self._trajectories(rollout, part, window)
