@@ -43,8 +43,13 @@ def files_of(folder: Path, split: str | None = None) -> Files:
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}. Check its permissions.") from error
 
-    paths = []
+    paths, seen = [], set[str]()
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link that leads back, or to what is there already
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         paths += [Path(root, name) for name in names if not name.startswith(".")]
     paths.sort()

@@ -84,6 +84,10 @@ class TrainConfig:
     run_name: str | None = doc(
         "Name of the run in the trackers; null: the output folder's name.", None, resume="free", group="saving"
     )
+    project: str = doc("Project of the run in the trackers.", "prx-post", resume="free", group="saving")
+    entity: str | None = doc(
+        "W&B's user or team; null: the one that is logged in.", None, resume="free", group="saving"
+    )
     sample_steps: int = doc(
         "Optimizer steps between two sample grids; 0 for none at all.", 250, at_least=0, group="validation"
     )

@@ -4,7 +4,9 @@ import json
 import math
 import sys
 import time
+import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
-from prx_post.base.files import json_line, write_jsonl
+from prx_post.base.files import json_line, write_bytes, write_jsonl
 from prx_post.engine.run import Run
 
 
@@ -47,6 +49,14 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
+def _own_id(folder: Path) -> str:
+    """By which W&B knows the run in a folder, also when it is resumed."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        write_bytes(path, uuid.uuid4().hex.encode())
+    return path.read_text()
+
+
 class RunLog:
     """config.yaml, metrics.jsonl (one line a logged step), the trackers of `report_to`, and the progress bar."""
 
@@ -63,9 +73,11 @@ class RunLog:
             (run.output_dir / "config.yaml").write_text(text)
         flat = {k: v if isinstance(v, int | float | str | bool) else json.dumps(v) for k, v in run.settings.items()}
         settings: dict[str, dict[str, Any]] = {tracker: {"name": name} for tracker in NAMED_RUNS}
+        if "wandb" in config.report_to and self.is_main:
+            settings["wandb"] |= {"id": _own_id(run.output_dir), "resume": "allow", "entity": config.entity}
         if first_step:
             settings["tensorboard"] = {"purge_step": first_step + 1}  # what a killed run logged is logged again
-        accelerator.init_trackers("prx-post", config=flat, init_kwargs=settings)
+        accelerator.init_trackers(config.project, config=flat, init_kwargs=settings)
 
     def keep_until(self, step: int, *files: str) -> dict[str, Any]:
         """Drop the lines of `files` after `step`, which a killed run had written and a resumed one writes again.

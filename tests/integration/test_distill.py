@@ -68,7 +68,16 @@ def test_the_stock_pipeline_visits_exactly_the_levels_of_training_and_none_is_id
     assert f"num_inference_steps={steps}, guidance_scale=1.0" in card
     # it keeps what it needs at inference and nothing of the discriminator
     assert {p.name for p in final.iterdir()} == {
-        *("README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+        *(
+            "README.md",
+            "inference.json",
+            "model_index.json",
+            "scheduler",
+            "text_encoder",
+            "tokenizer",
+            "transformer",
+            "vae",
+        )
     }
 
 

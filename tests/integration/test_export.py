@@ -61,7 +61,7 @@ def test_of_an_adapter_both_are_exported(image_folder, warm_cache, tmp_path):
 
 
 def test_what_cannot_be_exported_is_refused(finished, tmp_path):
-    with pytest.raises(PrxPostError, match="is no checkpoint and no run with one"):
+    with pytest.raises(PrxPostError, match="is no checkpoint, nor a run with one"):
         exported(tmp_path, tmp_path / "new")
     with pytest.raises(PrxPostError, match="must be new or empty"):
         exported(finished, finished)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import FolderLock
 from prx_post.data.cache import checksum
-from prx_post.engine import checkpointing
+from prx_post.engine import checkpointing, tracking
 from prx_post.engine.checkpointing import DamagedCheckpoint, checkpoints
 from tests.faults import Limits, differences, kill_trials, numbers, run_child, sft_arguments, weights
 from tests.integration.test_sft import settings
@@ -259,6 +260,22 @@ def test_a_finished_run_goes_on_if_more_steps_are_asked_for(image_folder, warm_c
     train(*settings(image_folder, warm_cache, tmp_path / "whole", max_steps=4, **common))
     assert (run / "final" / emitted).read_bytes() == (tmp_path / "whole" / "final" / emitted).read_bytes()
     assert [line["step"] for line in numbers(run)] == [1, 2, 3, 4]
+
+
+def test_a_resumed_run_goes_on_with_its_run_at_wandb(image_folder, warm_cache, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setattr(
+        Accelerator, "init_trackers", lambda self, project, config, init_kwargs: started.append((project, init_kwargs))
+    )
+    asked = {"report_to": ["wandb"], "project": "ours", "entity": "us", "resume_from_checkpoint": "latest"}
+    for name, steps in (("run", 2), ("run", 4), ("other", 2)):
+        train(*settings(image_folder, warm_cache, tmp_path / name, max_steps=steps, save_steps=2, **asked))
+    (project, first), (_, again), (_, other) = started
+    assert project == "ours"
+    assert first["wandb"] == {"name": "run", "id": first["wandb"]["id"], "resume": "allow", "entity": "us"}
+    assert again["wandb"]["id"] == first["wandb"]["id"]
+    assert other["wandb"]["id"] != first["wandb"]["id"]
 
 
 def test_files_are_flushed_before_the_folder_is_renamed_and_old_ones_go_last(tmp_path, monkeypatch):

@@ -96,6 +96,14 @@ def test_a_set_without_splits_is_all_train(tmp_path):
     assert len(prompts(image_folder(tmp_path / "set", ["a.png", "b.png"]), dataset_split="train")) == 2
 
 
+def test_links_are_followed_once(tmp_path):
+    elsewhere = image_folder(tmp_path / "elsewhere", ["a.png", "b.png"])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(elsewhere)
+    (tmp_path / "set" / "back").symlink_to(tmp_path / "set")
+    assert len(prompts(tmp_path / "set")) == 2
+
+
 @pytest.mark.parametrize("name", ["set[12]", "set*", "set?", "{set1,set2}", "set[!1]"])
 @pytest.mark.parametrize("kind", ["images", "parquet"])
 def test_a_path_is_no_pattern(tmp_path, name, kind):

@@ -31,6 +31,11 @@ class Own:
         check_fields(self)
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 def shown(capsys, *args):
     with pytest.raises(SystemExit) as ended:
         parse([Own], args, "prx-post example")
