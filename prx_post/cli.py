@@ -16,7 +16,7 @@ from typing import Any
 
 from prx_post import __version__
 from prx_post.base.errors import ConfigError, PrxPostError
-from prx_post.base.parsing import parse, setting
+from prx_post.base.parsing import parse, separate, setting
 from prx_post.stages.inherited import inherited
 from prx_post.stages.registry import REGISTRY, meant
 
@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(args) == 1:
             print(_usage())
             return 0
+    args = separate(args)
     name, *rest = [" ".join(args[:2]), *args[2:]] if " ".join(args[:2]) in COMMANDS else args
     if name not in REGISTRY and name not in COMMANDS:
         close = difflib.get_close_matches(name, _listed(), n=1, cutoff=0.75)

@@ -14,8 +14,8 @@ from typing import Any, TextIO
 
 from prx_post.base.errors import PrxPostError
 
-FINAL = "final"
-"""Folder of the pipeline that a run emits, in its own."""
+CONFIG, FINAL = "config.yaml", "final"
+"""In a run's folder: its settings, and the folder of the pipeline that it emits."""
 PARTIAL = ".partial"
 LOCK = ".lock"
 TRACES = ("bad_rows.jsonl", "filtered_pairs.jsonl", LOCK)

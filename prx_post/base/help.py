@@ -142,6 +142,8 @@ def render_config(prog: str, settings: Sequence[Setting], values: Mapping[str, A
             value = values.get(s.name, s.default)
             written = yaml.safe_dump([value], allow_unicode=True, default_flow_style=True, width=10_000).strip()
             lines.append(f"{s.name}: {written[1:-1]}")
+    if "env" in values:
+        lines += ["", "# Environment variables", yaml.safe_dump({"env": values["env"]}, allow_unicode=True).strip()]
     return "\n".join(lines) + "\n"
 
 

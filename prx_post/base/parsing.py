@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from prx_post.base.errors import ConfigError
-from prx_post.base.settings import GROUP, RULES
+from prx_post.base.settings import GROUP, RULES, alternatives
 
 ELSEWHERE = {
     "lr": "learning_rate",
@@ -87,7 +87,7 @@ def parse(
             or a value is of the wrong type or out of range.
     """
     known = [f.name for kind in dataclass_types for f in dataclasses.fields(kind)]
-    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    args = separate(args)
     check_known({**_keys_of_file(args), **_keys_of_flags(args)}, known)
     shown = _shown(dataclass_types, args, prog, defaults, summary)
     if shown is not None:
@@ -101,6 +101,9 @@ def parse(
             plain = copy.copy(field)  # argparse would take our rules for arguments of its own
             plain.metadata = {key: value for key, value in field.metadata.items() if key not in (RULES, GROUP)}
             TrlParser._parse_dataclass_field(parser, plain)
+            if bool in alternatives(field.type) and field.default is None:
+                action = parser._option_string_actions[f"--{field.name}"]
+                action.nargs, action.const = "?", True  # as of those that are false unless set
 
         def error(self, message: str) -> NoReturn:
             flag = re.match(r"argument --(\w+)[^:]*: (.*)", message, re.DOTALL)
@@ -131,8 +134,18 @@ def _shown(
         file = Path(given.pop("config")[0]) if given.get("config") else None
         values = {} if file is None else read_yaml(file)
         values |= {s.name: s.value_of(given[s.name]) for s in settings if s.name in given}
+        values |= {s.name: False for s in settings if f"no_{s.name}" in given}
         return help.render_config(prog, settings, values).rstrip()
     return None
+
+
+def separate(args: Sequence[str]) -> list[str]:
+    """Flags apart from their values, and in our spelling: `--max-steps=3` is `--max_steps`, `3`."""
+    found = []
+    for arg in args:
+        flag, has_value, value = arg.partition("=") if arg.startswith("--") else (arg, "", "")
+        found += [f"--{flag[2:].replace('-', '_')}" if arg.startswith("--") else arg, *([value] if has_value else [])]
+    return found
 
 
 def _values_of_flags(args: Sequence[str]) -> dict[str, list[str]]:
@@ -141,8 +154,8 @@ def _values_of_flags(args: Sequence[str]) -> dict[str, list[str]]:
     last = ""
     for arg in args:
         if arg.startswith("--"):
-            last, has_value, value = arg[2:].partition("=")
-            found[last] = [value] if has_value else []
+            last = arg[2:]
+            found[last] = []
         elif last:
             found[last].append(arg)
     return {name: values for name, values in found.items() if name not in SHOWN}
@@ -192,9 +205,10 @@ def _keys_of_file(args: Sequence[str]) -> dict[str, str]:
 
 def setting(args: Sequence[str], name: str) -> Any:
     """What the command line, or else its file, says of one setting, unchecked; None if neither has it."""
-    flat = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    if f"--{name}" in flat[:-1]:
-        return flat[flat.index(f"--{name}") + 1]
+    flat = separate(args)
+    places = [i for i, arg in enumerate(flat[:-1]) if arg == f"--{name}"]
+    if places:
+        return flat[places[-1] + 1]
     file = Path(flat[flat.index("--config") + 1]) if "--config" in flat[:-1] else None
     return read_yaml(file).get(name) if file is not None and file.is_file() else None
 

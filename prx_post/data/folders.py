@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,34 @@ ALL = "train"
 
 @dataclass(frozen=True)
 class Files:
-    """Of a folder and the folders in it, in the order of their paths; hidden ones are left out."""
+    """Of a folder and the folders in it, in the order of their paths; hidden ones are left out.
+
+    Attributes:
+        split: of which `ending` gives files; None: all are given.
+    """
 
     folder: Path
     paths: list[Path]
+    split: str | None = None
 
     def ending(self, suffixes: Sequence[str]) -> list[Path]:
-        """In upper or lower case."""
-        return [path for path in self.paths if path.suffix.lower() in suffixes]
+        """Files with these endings, in upper or lower case."""
+        return [path for path in self.paths if path.suffix.lower() in suffixes and self.has(path)]
 
-    def named(self, names: Sequence[str]) -> list[Path]:
-        return [path for path in self.paths if path.name.lower() in names]
+    def tables(self) -> list[Path]:
+        """Of all splits: one may name images of several."""
+        return [path for path in self.paths if path.name.lower() in TABLES]
+
+    def has(self, path: Path) -> bool:
+        """Whether it is of the split: a folder that it is in is called so, or a file of many rows itself.
+
+        An image's own name says what it shows.
+        """
+        if self.split is None:
+            return True
+        *folders, name = path.relative_to(self.folder).parts if path.is_relative_to(self.folder) else path.parts
+        named = [*folders, *([name] if path.suffix.lower() not in (*IMAGES, *CAPTIONS) else [])]
+        return any(_is_of(part, self.split) for part in named)
 
 
 def files_of(folder: Path, split: str | None = None) -> Files:
@@ -45,23 +63,24 @@ def files_of(folder: Path, split: str | None = None) -> Files:
 
     paths, seen = [], set[str]()
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:  # a link that leads back, or to what is there already
+        real = Path(root).resolve()
+        leads_back = root != str(folder) and Path(root).parent.resolve().is_relative_to(real)
+        if leads_back or (str(real) in seen and split is None):  # links may well give a split's files a second name
             folders.clear()
             continue
-        seen.add(real)
+        seen.add(str(real))
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         paths += [Path(root, name) for name in names if not name.startswith(".")]
     paths.sort()
-    if split is None:
-        return Files(folder, paths)
-    own = [path for path in paths if any(_is_of(part, split) for part in path.relative_to(folder).parts)]
-    if not own and split != ALL:
+    found = Files(folder, paths, split)
+    if split is None or any(found.has(path) for path in paths):
+        return found
+    if split != ALL:
         raise DataError(
             f"dataset_split is {split!r}, but no file or folder in {folder} is called so. Correct it, or leave it out "
             f"to take all."
         )
-    return Files(folder, own or paths)
+    return Files(folder, paths)
 
 
 def _is_of(name: str, split: str) -> bool:
@@ -121,14 +140,22 @@ def read_folder(files: Files, caption: str) -> FolderTable:
     Raises:
         DataError: no image has a caption, or a table cannot be read.
     """
-    images, tables = files.ending(IMAGES), files.named(TABLES)
+    images, tables = files.ending(IMAGES), files.tables()
     for table in tables:
         other = [path for path in tables if path.parent == table.parent and path != table]
         if other:
             raise DataError(f"{table.parent} has both {table.name} and {other[0].name}. Remove one of them.")
     if tables:
-        return _joined([read_table(path) for path in tables], images)
+        return _joined([_of_split(read_table(path), files) for path in tables], images)
     return _captioned(files, images, caption)
+
+
+def _of_split(table: FolderTable, files: Files) -> FolderTable:
+    """The rows with an image of the split."""
+    paths = zip(*(table.columns[name] for name in sorted(table.images)), strict=True)
+    kept = [any(path and files.has(Path(path)) for path in row) for row in paths]
+    columns = {name: list(compress(values, kept)) for name, values in table.columns.items()}
+    return replace(table, columns=columns)
 
 
 def read_table(path: Path) -> FolderTable:
@@ -146,14 +173,15 @@ def read_table(path: Path) -> FolderTable:
             f"{path} has the columns {', '.join(names) or 'of nothing'}, but must have {FILE_NAME}, each image's path "
             f"from the folder of this file. Add it."
         )
+    of_images = {str(column) for column in images.values()}
     columns: dict[str, list[Any]] = {}
     for name in names:
         values = [row.get(name) for row in rows]
         if name in images:
             columns[str(images[name])] = [str(path.parent / value) if value else None for value in values]
-        else:
+        elif name not in of_images:  # or else the paths would be lost
             columns[name] = values
-    return FolderTable(columns, {str(column) for column in images.values()}, set(columns) if is_csv else set())
+    return FolderTable(columns, of_images, set(columns) - of_images if is_csv else set())
 
 
 def _image_column(name: str) -> str | None:

@@ -64,8 +64,10 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """From the colours of its ICC profile. One that cannot be used is passed over, as viewers do."""
     if not profile:
         return image
-    if image.mode not in PROFILED:
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.has_transparency_data:  # also of one colour that stands for it, which a conversion would lose
+        image = image.convert("RGBA")
+    elif image.mode not in PROFILED:
+        image = image.convert("RGB")
     alpha = image.getchannel("A") if image.mode == "RGBA" else None
     colours = image.convert("RGB") if alpha is not None else image
     try:

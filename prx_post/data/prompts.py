@@ -40,7 +40,7 @@ def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
         PrxPostError: the file is not UTF-8, or an entry is no prompt; the first is named.
     """
     text = _read_text(path)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         try:
             entries = json.loads(text)
         except json.JSONDecodeError as error:

@@ -158,6 +158,8 @@ def _load_saved(path: Path, split: str | None) -> Any:
                 f"dataset_split is {split!r}, but {path} has {', '.join(saved)}. Set dataset_split to one of these."
             )
         saved = saved[name]
+    elif split not in (None, ALL):
+        raise DataError(f"dataset_split is {split!r}, but {path} is a set without splits. Leave it out.")
     return saved.with_format(None)
 
 

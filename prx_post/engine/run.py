@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import yaml
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
-from prx_post.base.files import FINAL, LOCK, FolderLock, make_folder, require_empty
+from prx_post.base.files import CONFIG, FINAL, LOCK, FolderLock, make_folder, require_empty
 from prx_post.base.ranks import Ranks
 from prx_post.base.settings import Rules
 from prx_post.engine.checkpointing import LATEST, SavedState, checkpoints, open_checkpoint, select_checkpoint
@@ -65,6 +66,18 @@ class Run:
     def final(self) -> Path:
         """Where the pipeline is emitted."""
         return self.output_dir / FINAL
+
+    def set_final_aside(self) -> None:
+        """Keep what a finished run, which goes on, has emitted, by another name; on the main process."""
+        if not self.final.exists():
+            return
+        kept = f"{FINAL}-{self.saved.info['settings']['max_steps']:06d}" if self.saved else f"{FINAL}-earlier"
+        while (self.output_dir / kept).exists():
+            kept += "-again"
+        tqdm.write(f"the run had finished; its pipeline is kept as {kept}")
+        for name in (f"{FINAL}-adapter", FINAL):  # this last: by it a finished run is known
+            if (self.output_dir / name).exists():
+                (self.output_dir / name).rename(self.output_dir / name.replace(FINAL, kept))
 
     @property
     def global_batch_size(self) -> int:
@@ -160,25 +173,31 @@ def _peers_may_be_lost(config: TrainConfig, signals: StopSignals) -> Iterator[No
 
 
 def _goes_on(config: TrainConfig, folder: Path) -> bool:
-    """Whether a finished run is asked for more steps than it has made; what it emitted is then kept by another name.
+    """Whether a finished run is asked for more steps than it has made.
 
     Raises:
-        PrxPostError: it is asked to go on from an earlier checkpoint.
+        PrxPostError: it is asked to go on from an earlier checkpoint, or has none to go on from.
     """
     if config.resume_from_checkpoint != LATEST:
         raise PrxPostError(
             f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, but the run in {folder} has finished, and "
             f"its pipeline is not overwritten. Move {folder / FINAL} away, or choose another output_dir."
         )
-    for newest in checkpoints(folder)[-1:]:
-        made = open_checkpoint(newest).info["settings"]["max_steps"]
-        if config.max_steps > made:
-            tqdm.write(f"the run had finished with {made} steps; its pipeline is kept as {FINAL}-{made:06d}")
-            for name in (f"{FINAL}-adapter", FINAL):  # this last: by it a finished run is known
-                if (folder / name).exists():
-                    (folder / name).rename(folder / name.replace(FINAL, f"{FINAL}-{made:06d}"))
-            return True
-    return False
+    made = _steps_of(folder)
+    if made is None or config.max_steps <= made:
+        return False
+    if not checkpoints(folder):
+        raise PrxPostError(
+            f"max_steps is {config.max_steps}, but the run in {folder} has finished with {made} and has no checkpoint "
+            f"to go on from (save_steps). Start a new run from its pipeline."
+        )
+    return True
+
+
+def _steps_of(folder: Path) -> int | None:
+    """How many steps a run was to make; None if it does not say."""
+    path = folder / CONFIG
+    return yaml.safe_load(path.read_text()).get("max_steps") if path.is_file() else None
 
 
 def _check_shared(config: TrainConfig, ranks: Ranks, patience_s: float = 10.0) -> None:

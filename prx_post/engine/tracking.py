@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
-from prx_post.base.files import json_line, write_bytes, write_jsonl
+from prx_post.base.files import CONFIG, json_line, write_bytes, write_jsonl
 from prx_post.engine.run import Run
 
 
@@ -70,7 +70,7 @@ class RunLog:
         self._max_steps, self._is_terminal = config.max_steps, sys.stderr.isatty()
         if self.is_main:
             text = yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True)
-            (run.output_dir / "config.yaml").write_text(text)
+            (run.output_dir / CONFIG).write_text(text)
         flat = {k: v if isinstance(v, int | float | str | bool) else json.dumps(v) for k, v in run.settings.items()}
         settings: dict[str, dict[str, Any]] = {tracker: {"name": name} for tracker in NAMED_RUNS}
         if "wandb" in config.report_to and self.is_main:

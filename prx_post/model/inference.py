@@ -54,8 +54,12 @@ class Inference:
             return None
         try:
             found = cls(**{f.name: value for f in fields(cls) if (value := _object(path).get(f.name)) is not None})
-            steps, guidance = found.num_inference_steps, found.guidance_scale
-            is_usable = isinstance(steps, int) and steps > 0 and guidance >= 1
+            sizes = [size for size in (found.height, found.width) if size is not None]
+            is_usable = (
+                all(type(number) is int and number > 0 for number in (found.num_inference_steps, *sizes))
+                and found.guidance_scale >= 1
+                and isinstance(found.skip_text_cleaning, bool)
+            )
         except (ValueError, TypeError):
             is_usable = False
         if not is_usable:

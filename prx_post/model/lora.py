@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from prx_post.base.errors import PrxPostError
 from prx_post.model.checkpoint import PipelineFolder
@@ -62,7 +63,17 @@ def open_adapter(path: str, pipeline: PipelineFolder) -> Path:
             f"adapter is {path!r}, but must be a folder with adapter_config.json and adapter_model.safetensors, such "
             f"as a run's final-adapter. Check the path."
         )
-    targets = json.loads(config.read_text(encoding="utf-8")).get("target_modules") or []
+    beside = folder.with_name(folder.name.removesuffix("-adapter"))
+    if beside != folder and beside.resolve() == pipeline.path.resolve():
+        raise PrxPostError(
+            f"adapter is {path!r}, but {pipeline.path} has it merged already. Take the pipeline that it was trained on."
+        )
+    try:
+        targets = json.loads(config.read_text(encoding="utf-8")).get("target_modules") or []
+        with safe_open(weights, framework="pt"):
+            pass
+    except (ValueError, AttributeError, OSError, SafetensorError) as error:
+        raise PrxPostError(f"adapter is {path!r}, which cannot be read: {error}. Copy it again.") from error
     missing = _missing_target(pipeline, [targets] if isinstance(targets, str) else targets)
     if missing is not None:
         raise PrxPostError(f"adapter is {path!r}, which is for {missing!r}, no linear layer of {pipeline.source}.")

@@ -143,9 +143,13 @@ class PipelineStage:
             "base": run.ranks.on_main(lambda: self._check_base(run)),
         }
 
+    def base_digest(self) -> str:
+        """Of the weights that the run depends on."""
+        return fingerprint(self.cache_dir, *(folder.path / "transformer" for folder in self.bases))
+
     def _check_base(self, run: Run) -> str:
         """An adapter of another base would sit on weights that it was not trained with."""
-        digest = fingerprint(self.cache_dir, *(folder.path / "transformer" for folder in self.bases))
+        digest = self.base_digest()
         if run.saved is not None and run.saved.info["base"] != digest:
             raise PrxPostError(
                 f"model_name_or_path is {self.pipeline.source!r}, but {run.saved.folder} was trained from another "

@@ -14,6 +14,7 @@ from prx_post.base.parsing import parse
 from prx_post.base.settings import check_fields, doc
 from prx_post.engine.checkpointing import SavedState, checkpoints, open_checkpoint
 from prx_post.engine.protocols import POLICY
+from prx_post.model.checkpoint import open_pipeline
 from prx_post.stages.registry import find
 
 
@@ -50,6 +51,14 @@ def export(folder: Path, output_dir: str) -> Path:
     settings: dict[str, Any] = saved.info["settings"]
     entry = find(saved.info["stage"])
     stage: Any = entry.stage()(*(_config(kind, settings) for kind in entry.configs()), planned=True)
+    stage.pipeline = open_pipeline(
+        settings["model_name_or_path"], settings["model_revision"]
+    )  # planned: without weights
+    if stage.model.use_peft and stage.base_digest() != saved.info["base"]:
+        raise PrxPostError(
+            f"{saved.folder} is an adapter for another transformer than {stage.pipeline.source} has now. Put the one "
+            f"back that it was trained on."
+        )
     source = settings.get("dataset_name") or settings.get("prompts_file") or "what the run was given"
     metrics = {"step": saved.step, "loss": None, "best": None}
     title = f"{saved.folder.parent.name}, step {saved.step}"

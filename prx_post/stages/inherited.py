@@ -13,14 +13,15 @@ SAMPLING = ("num_inference_steps", "guidance_scale")
 def inherited(kinds: Sequence[type], given: Callable[[str], Any]) -> dict[str, Any]:
     """By name, what of a local checkpoint's inference.json the settings `kinds` have and are not `given`.
 
-    A distillation's teacher has settings of its own for the number of steps and the guidance.
+    A distillation's is its teacher, which has settings of its own for the number of steps and the guidance.
     """
     names = {f.name for kind in kinds for f in dataclasses.fields(kind)}
-    start = TEACHER if TEACHER in names else START
-    own = Inference.of(str(given(start))) if given(start) else None
+    has_teacher = TEACHER in names
+    path = (given(TEACHER) if has_teacher else None) or given(START)
+    own = Inference.of(str(path)) if path else None
     if own is None:
         return {}
-    prefix = "teacher_" if start == TEACHER else ""
+    prefix = "teacher_" if has_teacher else ""
     values = {f"{prefix}{name}" if name in SAMPLING else name: value for name, value in vars(own).items()}
     if any(given(name) is not None for name in SIZE):
         values = {name: value for name, value in values.items() if name not in SIZE}

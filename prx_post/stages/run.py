@@ -27,6 +27,7 @@ def run(name: str, configs: tuple[Any, ...]) -> Path:
             with run.log:
                 if run.saved:
                     trainer.resume(run.saved)
+                run.ranks.on_main(run.set_final_aside)
                 metrics = trainer.fit()
                 weights = trainer.emitted_weights()
                 run.ranks.on_main(lambda: stage.emit(run, data, weights, metrics))

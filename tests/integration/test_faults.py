@@ -255,11 +255,23 @@ def test_a_finished_run_goes_on_if_more_steps_are_asked_for(image_folder, warm_c
     train(*settings(image_folder, warm_cache, run, max_steps=2, **common))
     assert "has finished: there is nothing to do" in capsys.readouterr().out
     train(*settings(image_folder, warm_cache, run, max_steps=4, **common))
-    assert "had finished with 2 steps; its pipeline is kept as final-000002" in capsys.readouterr().out
+    assert "the run had finished; its pipeline is kept as final-000002\n" in capsys.readouterr().out
     assert (run / "final-000002" / emitted).read_bytes() == first
     train(*settings(image_folder, warm_cache, tmp_path / "whole", max_steps=4, **common))
     assert (run / "final" / emitted).read_bytes() == (tmp_path / "whole" / "final" / emitted).read_bytes()
     assert [line["step"] for line in numbers(run)] == [1, 2, 3, 4]
+
+
+def test_what_a_finished_run_emitted_is_left_where_it_is_until_it_goes_on(image_folder, warm_cache, tmp_path):
+    common = {"resume_from_checkpoint": "latest", "max_steps": 2}
+    run = tmp_path / "run"
+    train(*settings(image_folder, warm_cache, run, save_steps=2, **common))
+    with pytest.raises(PrxPostError, match="optim is 'muon', but must be 'adamw'"):
+        train(*settings(image_folder, warm_cache, run, **{**common, "max_steps": 4, "optim": "muon"}))
+    assert (run / "final").is_dir()
+    train(*settings(image_folder, warm_cache, tmp_path / "unsaved", save_steps=0, **common))
+    with pytest.raises(PrxPostError, match="has finished with 2 and has no checkpoint to go on from"):
+        train(*settings(image_folder, warm_cache, tmp_path / "unsaved", **{**common, "max_steps": 4}))
 
 
 def test_a_resumed_run_goes_on_with_its_run_at_wandb(image_folder, warm_cache, tmp_path, monkeypatch):

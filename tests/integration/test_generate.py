@@ -168,6 +168,8 @@ def test_an_adapter_is_drawn_with_as_if_it_were_merged(tmp_path):
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "must be a folder with adapter_config.json"),
         (lambda folder: edit(folder, {"target_modules": ["to_q"]}), "for 'to_q', no linear layer of tiny"),
         (lambda folder: edit(folder, {"r": 8}), "whose weights do not fit"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "which cannot be read"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_text("version"), "which cannot be read"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, damage, message):
@@ -198,3 +200,19 @@ torch.save(layer.base_layer.weight + layer.get_delta_weight("default"), {str(tmp
     assert done.returncode == 0, done.stderr
     own = merged.get_submodule(weight.removeprefix("base_model.model.")).weight
     assert torch.allclose(torch.load(tmp_path / "weight.pt"), own, atol=1e-6)
+
+
+def test_an_adapter_is_not_merged_twice(tmp_path):
+    checkpoint = load("tiny")
+    checkpoint.transformer = an_adapter(tmp_path / "run" / "final-adapter")
+    emit(checkpoint, tmp_path / "run" / "final")
+    given = [
+        "--adapter",
+        str(tmp_path / "run" / "final-adapter"),
+        "--prompts",
+        "472",
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    with pytest.raises(PrxPostError, match="has it merged already"):
+        generate.run(["--model_name_or_path", str(tmp_path / "run"), *given])

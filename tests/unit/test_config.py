@@ -4,10 +4,11 @@ import re
 import pytest
 
 from prx_post.base.errors import ConfigError
-from prx_post.base.parsing import parse
+from prx_post.base.parsing import parse, setting
 from prx_post.data.config import DataConfig
 from prx_post.engine.config import TrainConfig
 from prx_post.engine.processes import read_deepspeed_json
+from prx_post.generate import GenerateConfig
 from prx_post.model.config import ModelConfig
 from prx_post.stages.sft.config import SFTConfig
 
@@ -186,3 +187,21 @@ def test_all_unknown_keys_are_named_at_once_by_what_they_are_called_here(tmp_pat
 def test_every_number_must_be_finite(tmp_path, value):
     with pytest.raises(ConfigError, match="learning_rate is .*, but must be finite"):
         parse(KINDS, [*write(tmp_path, f"learning_rate: {value}\n"), *COMPLETE], "test")
+
+
+@pytest.mark.parametrize(
+    "spelling", ["--guidance-scale=2", "--guidance_scale 2", "--guidance_scale 3 --guidance_scale 2"]
+)
+def test_a_setting_is_found_however_its_flag_is_spelt(spelling, tmp_path):
+    args = spelling.split()
+    assert float(setting(args, "guidance_scale")) == 2
+    common = ["--model_name_or_path", "tiny", "--output_dir", str(tmp_path)]
+    assert parse([GenerateConfig], [*common, *args], "test")[0].guidance_scale == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"), [([], None), (["--skip_text_cleaning"], True), (["--skip-text-cleaning", "false"], False)]
+)
+def test_a_flag_that_may_be_null_needs_no_value(flags, value, tmp_path):
+    common = ["--model_name_or_path", "tiny", "--output_dir", str(tmp_path)]
+    assert parse([GenerateConfig], [*common, *flags], "test")[0].skip_text_cleaning is value

@@ -92,6 +92,31 @@ def test_a_split_that_is_asked_for_is_of_those_names(tmp_path):
         prompts(tmp_path, dataset_split="dev")
 
 
+def test_a_split_is_of_folders_not_of_what_pictures_are_called(tmp_path):
+    for name in ("a.png", "train_station.png", "train.png"):
+        (tmp_path / name).write_bytes(picture())
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    assert len(prompts(tmp_path, dataset_split="train")) == 3  # saved configurations of earlier versions ask for it
+    with pytest.raises(DataError, match="dataset_split is 'a', but no file or folder"):
+        prompts(tmp_path, dataset_split="a")
+
+
+def test_a_table_may_name_images_of_several_splits(tmp_path):
+    folder = image_folder(tmp_path / "set", ["train/a.png", "test/a.png", "test/b.png"])
+    assert prompts(folder, dataset_split="test") == ["a picture test/a.png", "a picture test/b.png"]
+    assert prompts(folder, dataset_split="train") == ["a picture train/a.png"]
+    assert len(prompts(folder)) == 3
+
+
+def test_a_split_may_be_a_link(tmp_path):
+    for part in ("p1", "p2"):
+        image_folder(tmp_path / "set" / "all" / part, [f"{part}.png"])
+    for split, part in (("train", "p1"), ("val", "p2")):
+        (tmp_path / "set" / split).symlink_to(tmp_path / "set" / "all" / part)
+        assert prompts(tmp_path / "set", dataset_split=split) == [f"a picture {part}.png"]
+    assert len(prompts(tmp_path / "set")) == 2
+
+
 def test_a_set_without_splits_is_all_train(tmp_path):
     assert len(prompts(image_folder(tmp_path / "set", ["a.png", "b.png"]), dataset_split="train")) == 2
 
@@ -198,6 +223,23 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
         prompts(tmp_path)
 
 
+def test_a_row_without_a_file_is_a_bad_row_of_its_own(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "metadata.csv").write_text("file_name,text\n,hello\na.png,world\n")
+    rows = read_rows(DataConfig(dataset_name=str(tmp_path)))
+    assert rows.prompts == ["hello", "world"]
+    with pytest.raises(OSError, match="the cell is empty"):
+        rows.image_bytes(0)
+    assert rows.image_bytes(1) == picture()
+
+
+def test_a_column_called_image_beside_file_name_is_left_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    row = {"file_name": "a.png", "image": "https://example.org/a.png", "text": "hello"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    assert read_rows(DataConfig(dataset_name=str(tmp_path))).image_bytes(0) == picture()
+
+
 def test_text_files_beside_images_are_their_captions(tmp_path):
     for name, caption in (("a.PNG", " a red cube\n"), ("sub/b.png", "\ufeffzwei")):
         path = tmp_path / name
@@ -269,6 +311,9 @@ def test_a_saved_set_is_read(tmp_path, split):
 
 def test_a_split_that_a_saved_set_lacks_is_refused(tmp_path):
     one = datasets.Dataset.from_dict({"image": [{"bytes": picture(), "path": None}], "prompt": ["one"]})
+    one.save_to_disk(tmp_path / "one")
+    with pytest.raises(DataError, match="dataset_split is 'dev', but .* is a set without splits"):
+        prompts(tmp_path / "one", dataset_split="dev")
     datasets.DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "set")
     with pytest.raises(DataError, match="dataset_split is 'dev', but .* has train, test"):
         prompts(tmp_path / "set", dataset_split="dev")

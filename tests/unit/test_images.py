@@ -128,6 +128,13 @@ def test_a_profile_leaves_transparency_alone():
     assert shown.getpixel((1, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_profile_leaves_a_transparent_colour_alone(mode):
+    hidden, profile = (10, 10, 10) if mode == "RGB" else 10, matrix_profile(ADOBE_RGB, ADOBE_GAMMA)
+    data = encoded(Image.new(mode, (2, 1), hidden), transparency=hidden, icc_profile=profile)
+    assert decode(data).getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_colours_of_a_palette_have_the_profile_too():
     image = Image.new("RGB", (2, 2), (200, 100, 50)).convert("P", palette=Image.Palette.ADAPTIVE)
     shown = decode(encoded(image, icc_profile=matrix_profile(ADOBE_RGB, ADOBE_GAMMA)))

@@ -26,7 +26,16 @@ def test_a_folder_may_have_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "no", '{"num_inference_steps": 0}', '{"num_inference_steps": "8"}', '{"guidance_scale": 0.5}']
+    "text",
+    [
+        "[]",
+        "no",
+        '{"num_inference_steps": 0}',
+        '{"num_inference_steps": "8"}',
+        '{"guidance_scale": 0.5}',
+        '{"height": "512"}',
+        '{"skip_text_cleaning": "false"}',
+    ],
 )
 def test_a_file_that_holds_something_else_is_refused(tmp_path, text):
     (tmp_path / "inference.json").write_text(text)

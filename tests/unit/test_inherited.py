@@ -30,8 +30,9 @@ def test_what_is_given_is_not_taken(run_folder):
     assert inherited(find("sft").configs(), given.get) == {"guidance_scale": 1.0, "skip_text_cleaning": True}
 
 
-def test_a_distillation_takes_its_teachers(run_folder):
-    found = inherited(find("distill").configs(), {"teacher_model_name_or_path": run_folder}.get)
+@pytest.mark.parametrize("given", ["teacher_model_name_or_path", "model_name_or_path"])
+def test_a_distillation_takes_its_teachers(given, run_folder):
+    found = inherited(find("distill").configs(), {given: run_folder}.get)
     assert found == {
         "teacher_num_inference_steps": 8,
         "teacher_guidance_scale": 1.0,
