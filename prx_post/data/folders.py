@@ -146,7 +146,8 @@ def read_folder(files: Files, caption: str) -> FolderTable:
         if other:
             raise DataError(f"{table.parent} has both {table.name} and {other[0].name}. Remove one of them.")
     if tables:
-        return _joined([_of_split(read_table(path), files) for path in tables], images)
+        found = [read_table(path) for path in tables]
+        return _joined(found if files.split is None else [_of_split(table, files) for table in found], images)
     return _captioned(files, images, caption)
 
 
