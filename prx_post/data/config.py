@@ -1,5 +1,6 @@
 """Settings of what is trained on, and how it becomes latents and embeddings. Imports nothing heavy."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prx_post.base.settings import check_fields, doc, require
@@ -10,6 +11,12 @@ DATASET = (
 )
 CAPTION_COLUMNS = ("prompt", "text", "caption")
 """Where captions are looked for, in this order."""
+
+
+def caption_column(names: Iterable[str]) -> str | None:
+    """The column with the captions, of these; None if none has a known name."""
+    known = set(names)
+    return next((name for name in CAPTION_COLUMNS if name in known), None)
 
 
 @dataclass

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prx_post.data.config import CAPTION_COLUMNS, DataConfig
+from prx_post.data.config import CAPTION_COLUMNS, DataConfig, caption_column
 from prx_post.data.rows import DataError, ImageRows
 
 ENCODED, RAW_PIXELS = ("bytes", "jpeg", "png"), "pil"
@@ -96,7 +96,7 @@ def _prepare_columns(shard: Any, config: DataConfig) -> tuple[str, bool]:
     Images keep their bytes so; and a pickled column, which runs what it likes when it is decoded, is left alone.
     """
     encodings = dict(zip(shard.column_names, shard.column_encodings, strict=True))
-    prompt_column = config.prompt_column or next((c for c in CAPTION_COLUMNS if c in encodings), CAPTION_COLUMNS[0])
+    prompt_column = config.prompt_column or caption_column(encodings) or CAPTION_COLUMNS[0]
     usable = {config.image_column: (*ENCODED, RAW_PIXELS), prompt_column: ("str",)}
     for field, column in (("image_column", config.image_column), ("prompt_column", prompt_column)):
         if encodings.get(column) not in usable[column]:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from prx_post.base.errors import PrxPostError
-from prx_post.data.config import CAPTION_COLUMNS
-from prx_post.data.text_files import SEPARATORS, csv_rows
+from prx_post.data.config import CAPTION_COLUMNS, caption_column
+from prx_post.data.text_files import SEPARATORS, csv_rows, lines_of
 
 
 def read_prompt_file(path: Path) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def read_prompt_file(path: Path) -> list[dict[str, Any]]:
 def _read_prompt_table(path: Path) -> list[dict[str, Any]]:
     """Rows of a table, its captions as `prompt`; rows whose prompt is empty are none."""
     rows = list(csv_rows(path))
-    column = next((name for name in CAPTION_COLUMNS if rows and name in rows[0]), None)
+    column = caption_column(rows[0]) if rows else None
     if rows and column is None:
         raise PrxPostError(
             f"{path} has the columns {', '.join(rows[0])}, none of which is called {', '.join(CAPTION_COLUMNS)}. Name "
@@ -39,30 +39,22 @@ def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         PrxPostError: the file is not UTF-8, or an entry is no prompt; the first is named.
     """
-    text = _read_text(path)
     if path.suffix.lower() == ".json":
         try:
-            entries = json.loads(text)
+            entries = json.loads("".join(lines_of(path)))
         except json.JSONDecodeError as error:
             raise PrxPostError(f"{path} is not valid JSON: {error}. Correct it.") from error
         if not isinstance(entries, list):
             raise PrxPostError(f'{path} must be a list such as ["a red cube", "a blue ball"]. Correct it.')
         rows = [{"prompt": entry} if isinstance(entry, str) else entry for entry in entries]
         return [_checked(row, f"{path}, entry {number}") for number, row in enumerate(rows, start=1)]
-    lines = enumerate(text.split("\n"), start=1)
+    lines = enumerate(lines_of(path), start=1)
     return [_checked(_parsed(line), f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
 def read_prompt_lines(path: Path) -> list[dict[str, Any]]:
     """Rows with the `prompt` of each line that is not blank. Raises PrxPostError if the file is not UTF-8."""
-    return [{"prompt": line.strip()} for line in _read_text(path).split("\n") if line.strip()]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PrxPostError(f"{path} must be UTF-8, which byte {error.start} is not. Save it as UTF-8.") from error
+    return [{"prompt": line.strip()} for line in lines_of(path) if line.strip()]
 
 
 def _parsed(line: str) -> Any:

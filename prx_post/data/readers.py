@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prx_post.data.config import CAPTION_COLUMNS, DataConfig, EncodedData
+from prx_post.data.config import CAPTION_COLUMNS, DataConfig, EncodedData, caption_column
 from prx_post.data.folders import ALL, FILE_NAME, IMAGE, FolderTable, files_of, read_folder, read_table, refused_archive
 from prx_post.data.hub import load_from_hub
 from prx_post.data.mds import MdsRows, mds_folder
@@ -58,7 +58,7 @@ def open_dataset(
 
     loaded = _load(config)
     table, names = loaded.columns, list(loaded.columns.column_names)
-    prompt_column = config.prompt_column or next((name for name in CAPTION_COLUMNS if name in names), None)
+    prompt_column = config.prompt_column or caption_column(names)
     if prompt_column is None:
         raise DataError(
             f"{config.dataset_name} has the columns {', '.join(names)}, none of which is called "

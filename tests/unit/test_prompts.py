@@ -34,7 +34,7 @@ def test_generate_reads_text_json_lines_and_json(tmp_path, name, text, prompts):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("p.txt", "café".encode("latin-1"), "must be UTF-8, which byte 3 is not"),
+        ("p.txt", "café".encode("latin-1"), "line 1 is not UTF-8"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 3}', 'line 2 is no prompt, but must be JSON such as {"prompt"'),
         ("p.json", b'["a", 3]', "entry 2 is no prompt"),
         ("p.jsonl", b'{"prompt": "\\ud83d"}', "line 1 holds half of a character"),
