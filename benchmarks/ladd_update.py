@@ -29,7 +29,7 @@ from torch import nn
 
 from prx_post.base.ranks import ALONE
 from prx_post.data.cache import content_key
-from prx_post.data.encoding import Encoders
+from prx_post.data.encoders import Encoders
 from prx_post.data.plan import MixedPlan
 from prx_post.data.source import LatentSource
 from prx_post.engine.ema import EMA

@@ -16,7 +16,8 @@ import torch
 
 from prx_post.data.buckets import Buckets
 from prx_post.data.config import DataConfig
-from prx_post.data.encoding import EncodedCache, Encoders, fill_cache
+from prx_post.data.encoders import Encoders
+from prx_post.data.encoding import EncodedCache, fill_cache
 from prx_post.data.readers import read_rows
 from prx_post.data.scan import scan
 from prx_post.engine.checkpointing import CheckpointWriter

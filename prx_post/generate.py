@@ -51,7 +51,7 @@ def generate(config: GenerateConfig) -> None:
     import torch
     from tqdm import tqdm
 
-    from prx_post.data.encoding import Encoders
+    from prx_post.data.encoders import Encoders
     from prx_post.model.checkpoint import DTYPES, load, open_pipeline
     from prx_post.model.inference import choose, describe
     from prx_post.model.lora import merge_adapter, open_adapter

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from prx_post.data.encoding import Encoders
+from prx_post.data.encoders import Encoders
 from prx_post.model.checkpoint import load
 from prx_post.model.config import ModelConfig
 from prx_post.model.heads import DiscriminatorHeads

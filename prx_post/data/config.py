@@ -20,8 +20,30 @@ def caption_column(names: Iterable[str]) -> str | None:
 
 
 @dataclass
-class EncodingConfig:
-    """How prompts, and images if there are any, become embeddings and latents."""
+class EncodersConfig:
+    """How prompts, and images if there are any, are encoded, and where the result is kept."""
+
+    group = "data"
+
+    skip_text_cleaning: bool = doc(
+        "Only light prompt cleaning, as the pipeline's flag of this name; use the same value at inference.", False
+    )
+    cache_dir: str = doc("Folder of the latent and embedding cache.", "~/.cache/prx-post", resume="free")
+    encode_batch_size: int = doc(
+        "Images of one size, or prompts of about one length, that are encoded at a time. 1 gives what the pipeline "
+        "gives, to the bit; more is faster on a GPU, and differs by rounding.",
+        1,
+        above=0,
+        resume="free",
+    )
+    dataloader_num_workers: int = doc(
+        "Processes that read, decode and resize images to encode; 0: none but this.", 0, at_least=0, resume="free"
+    )
+
+
+@dataclass
+class EncodingConfig(EncodersConfig):
+    """Of images of one size, or of aspect buckets."""
 
     group = "data"
 
@@ -29,10 +51,6 @@ class EncodingConfig:
         "Train at this height, pixels; null: aspect buckets of the checkpoint's size.", None, above=0
     )
     width: int | None = doc("Train at this width, pixels; set both or neither.", None, above=0)
-    skip_text_cleaning: bool = doc(
-        "Only light prompt cleaning, as the pipeline's flag of this name; use the same value at inference.", False
-    )
-    cache_dir: str = doc("Folder of the latent and embedding cache.", "~/.cache/prx-post", resume="free")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,60 +1,30 @@
 """Latents and embeddings of samples, in the cache."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from prx_post.base.ranks import ALONE, Ranks
-from prx_post.data.buckets import Buckets, Size
+from prx_post.data.buckets import Buckets
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
 from prx_post.data.config import DataConfig
+from prx_post.data.encoders import Cleaned, Encoders
 from prx_post.data.findings import describe
-from prx_post.data.images import PREPROCESSING, decode
+from prx_post.data.images import PREPROCESSING
 from prx_post.data.rows import BadRow, DataError, ImageRows, report_bad_rows
-from prx_post.data.scan import Sample, scan
+from prx_post.data.scan import Sample
+from prx_post.data.scan_memory import scanned
 from prx_post.model.checkpoint import PipelineFolder
-from prx_post.model.codec import LatentCodec, to_pixels
-from prx_post.model.text import PromptCleaner, PromptEncoder, tokenize
+from prx_post.model.text import count_tokens
 
-
-class Encoders:
-    """The VAE and the text encoder of a pipeline, each loaded at its first use."""
-
-    def __init__(self, pipeline: PipelineFolder, cleaner: PromptCleaner, device: torch.device, text_dtype: torch.dtype):
-        self.pipeline, self.cleaner, self.device, self.text_dtype = pipeline, cleaner, device, text_dtype
-        self._codec: LatentCodec | None = None
-        self._prompts: PromptEncoder | None = None
-
-    @property
-    def codec(self) -> LatentCodec:
-        # fp32 always: the VAE runs once an image, and bfloat16 latents would cap what training can reach.
-        if self._codec is None:
-            self._codec = LatentCodec(self.pipeline.load_vae().to(self.device))
-        return self._codec
-
-    @property
-    def prompts(self) -> PromptEncoder:
-        if self._prompts is None:
-            text_encoder = self.pipeline.load_text_encoder(self.text_dtype).to(self.device)
-            self._prompts = PromptEncoder(self.pipeline.load_tokenizer(), text_encoder, self.cleaner)
-        return self._prompts
-
-    def latents(self, data: bytes, size: Size) -> Tensor:
-        """Latents of one encoded image, [C, H/f, W/f] fp32. Raises OSError if it cannot be decoded."""
-        pixels = to_pixels(decode(data), *size)  # first, so that a broken image does not load the VAE
-        return self.codec.encode(pixels[None])[0]
-
-    def free(self) -> None:
-        """Let go of both, and of their memory."""
-        self._codec = self._prompts = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -77,63 +47,73 @@ class EncodedCache:
 
 def fill_cache(
     cache: EncodedCache,
-    samples: list[Sample],
-    rows: ImageRows,
-    prompts: list[str],
+    samples: Sequence[Sample],
+    rows: ImageRows | None,
+    prompts: Sequence[str],
     encoders: Encoders,
     ranks: Ranks = ALONE,
 ) -> list[BadRow]:
     """Encode this process's part of what the cache lacks of `samples` and of the extra `prompts`.
+
+    Args:
+        rows: of the samples; None if there are none.
 
     Returns rows that could not be decoded.
 
     Raises:
         PrxPostError: the disk has too little space, before anything is encoded.
     """
-    wanted = {content_key(encoders.cleaner(p)): p for p in prompts} | {s.prompt_key: s.prompt for s in samples}
     by_image = {s.image_key: s for s in samples}
 
-    def lacking() -> tuple[list[str], list[str]]:
-        return [k for k in wanted if k not in cache.embeddings], [k for k in by_image if k not in cache.latents]
+    def lacking() -> tuple[dict[str, Cleaned], list[str]]:
+        texts = {s.prompt_key: Cleaned(s.cleaned, s.tokens) for s in samples if s.prompt_key not in cache.embeddings}
+        texts |= _lacking_of(prompts, cache, encoders)
+        images = [key for key in by_image if key not in cache.latents]
+        check_free_space(cache.latents.folder, _bytes_needed(encoders, texts.values(), [by_image[k] for k in images]))
+        return texts, images
 
     # what one process sees, for all: others may see another run's files later or earlier
-    prompt_keys, image_keys = ranks.on_main(lacking)
-    new_prompts, new_images = {k: wanted[k] for k in prompt_keys}, {k: by_image[k] for k in image_keys}
-    check_free_space(
-        cache.latents.folder, _bytes_needed(encoders, list(new_prompts.values()), list(new_images.values()))
-    )
+    new_texts, image_keys = ranks.on_main(lacking)
+    texts = {key: new_texts[key] for key in ranks.share(sorted(new_texts, key=lambda key: new_texts[key].tokens))}
+    images = ranks.share([by_image[key] for key in image_keys])
     unreadable: dict[str, str] = {}
 
-    def embeddings() -> Iterator[tuple[str, Tensor]]:
-        items = ranks.share(list(new_prompts.items()))
-        for key, prompt in tqdm(
-            items, desc="encoding prompts", unit="prompt", leave=False, disable=ranks.hides_progress
-        ):
-            yield key, encoders.prompts(prompt)
-
     def latents() -> Iterator[tuple[str, Tensor]]:
-        items = ranks.share(list(new_images.items()))
-        for key, sample in tqdm(items, desc="encoding images", unit="image", leave=False, disable=ranks.hides_progress):
-            try:
-                yield key, encoders.latents(rows.image_bytes(sample.row), sample.size)
-            except OSError as error:
-                unreadable[key] = str(error)
+        assert rows is not None
+        for sample, found in _progress(encoders.latents_of(images, rows), len(images), "image", ranks):
+            if isinstance(found, str):
+                unreadable[sample.image_key] = found
+            else:
+                yield sample.image_key, found
 
     assert isinstance(cache.latents, TensorCache)
-    cache.embeddings.write(embeddings())
-    cache.latents.write(latents())
-    return [BadRow(s.row, rows.name(s.row), unreadable[s.image_key]) for s in samples if s.image_key in unreadable]
+    cache.embeddings.write(_progress(encoders.embeddings_of(texts), len(texts), "prompt", ranks))
+    if images:
+        cache.latents.write(latents())
+    return [
+        BadRow(s.row, rows.name(s.row), unreadable[s.image_key]) for s in samples if rows and s.image_key in unreadable
+    ]
 
 
-def _bytes_needed(encoders: Encoders, prompts: list[str], samples: list[Sample]) -> int:
+def _progress(items: Iterator[Item], total: int, unit: str, ranks: Ranks) -> Iterator[Item]:
+    return tqdm(
+        items, total=total, desc=f"encoding {unit}s", unit=unit, leave=False, disable=ranks.hides_progress or not total
+    )
+
+
+def _lacking_of(prompts: Iterable[str], cache: EncodedCache, encoders: Encoders) -> dict[str, Cleaned]:
+    """Of these prompts, by their keys, what the cache lacks."""
+    texts = {content_key(text): text for text in map(encoders.cleaner, prompts)}
+    texts = {key: text for key, text in texts.items() if key not in cache.embeddings}
+    counts = count_tokens(encoders.pipeline.load_tokenizer(), list(texts.values())) if texts else []
+    return {key: Cleaned(text, count) for (key, text), count in zip(texts.items(), counts, strict=True)}
+
+
+def _bytes_needed(encoders: Encoders, texts: Iterable[Cleaned], samples: Iterable[Sample]) -> int:
     """Exactly what fp32 latents and unpadded embeddings take, from shapes and token counts."""
     pipeline = encoders.pipeline
-    latent_values = 0
-    for sample in samples:
-        channels, height, width = pipeline.latent_shape(*sample.size)
-        latent_values += channels * height * width
-    tokenizer = pipeline.load_tokenizer() if prompts else None
-    tokens = sum(int(tokenize(tokenizer, encoders.cleaner(prompt))["attention_mask"].sum()) for prompt in prompts)
+    latent_values = sum(math.prod(pipeline.latent_shape(*sample.size)) for sample in samples)
+    tokens = sum(min(text.tokens, pipeline.max_prompt_tokens) for text in texts)
     width = pipeline.configs["transformer"]["context_in_dim"]
     return 4 * latent_values + encoders.text_dtype.itemsize * tokens * width
 
@@ -152,10 +132,8 @@ def prepare(
     Raises:
         DataError: too many rows are bad, or none is left; they are listed in `bad_rows_path`.
     """
-    samples, bad = (
-        ranks.gather(found) for found in scan(rows, buckets, encoders.cleaner, config.cache == "none", ranks)
-    )
-    samples.sort(key=lambda sample: sample.row)
+    cache_dir = Path(config.cache_dir).expanduser()
+    samples, bad = scanned(rows, buckets, encoders, config.cache == "none", cache_dir, ranks)
 
     def report() -> None:
         bad.sort(key=lambda bad_row: bad_row.row)
@@ -164,11 +142,10 @@ def prepare(
     report()
     if ranks.is_main:
         counted = f"{len(samples)} of {len(rows)} images" if bad else f"{len(rows)} images"
-        tokenizer = encoders.pipeline.load_tokenizer()
-        tqdm.write(describe(str(config.dataset_name), counted, samples, rows.notes, tokenizer))
+        most = encoders.pipeline.max_prompt_tokens
+        tqdm.write(describe(str(config.dataset_name), counted, samples, rows.notes, most))
     if config.cache == "none":
         return samples, None
-    cache_dir = Path(config.cache_dir).expanduser()
     cache = EncodedCache.open(cache_dir, encoders.pipeline, encoders.text_dtype)
     undecodable = ranks.gather(fill_cache(cache, samples, rows, ["", *extra_prompts], encoders, ranks))
     if undecodable:
@@ -191,8 +168,7 @@ def encode_prompts(
 ) -> EncodedCache:
     """The cache with the embeddings of these prompts and of the empty one; every rank encodes its part."""
     texts = list(dict.fromkeys(["", *prompts]))
-    no_rows: Any = None  # which are read for samples alone
-    fill_cache(open_cache(), [], no_rows, texts, encoders, ranks)
+    fill_cache(open_cache(), [], None, texts, encoders, ranks)
     return with_what_others_wrote(open_cache, [], [content_key(encoders.cleaner(text)) for text in texts], ranks)
 
 

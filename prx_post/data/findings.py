@@ -2,21 +2,19 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from prx_post.data.scan import Sample
 
 SHOWN_SIZES = 6
-AT_A_TIME = 1000
 
 
-def describe(name: str, images: str, samples: Sequence[Sample], notes: Iterable[str], tokenizer: Any) -> str:
+def describe(name: str, images: str, samples: Sequence[Sample], notes: Iterable[str], max_tokens: int) -> str:
     """One line: images and their sizes in training, and what is done to some of them or to their captions.
 
     Args:
         images: how many of what they are, such as "12 images".
         notes: what was found beside the samples.
-        tokenizer: that captions are cut by.
+        max_tokens: at which captions are cut.
     """
     parts = [f"{images}, {_sizes(samples)}", *notes]
     enlarged = sum(sample.is_enlarged for sample in samples)
@@ -26,9 +24,9 @@ def describe(name: str, images: str, samples: Sequence[Sample], notes: Iterable[
     changed = sum(sample.has_changed_caption for sample in captions)
     if changed:
         parts.append(f"{_count(changed, 'caption')} changed by cleaning")
-    cut = count_cut(tokenizer, [sample.cleaned for sample in captions])
+    cut = sum(sample.tokens > max_tokens for sample in captions)
     if cut:
-        parts.append(f"{_count(cut, 'caption')} longer than {tokenizer.model_max_length} tokens and cut there")
+        parts.append(f"{_count(cut, 'caption')} longer than {max_tokens} tokens and cut there")
     return f"{name}: {'; '.join(parts)}"
 
 
@@ -44,13 +42,3 @@ def _sizes(samples: Sequence[Sample]) -> str:
     shown = [f"{count} {height}x{width}" for (height, width), count in counts[:SHOWN_SIZES]]
     rest = len(counts) - SHOWN_SIZES
     return ", ".join([*shown, *([f"and {rest} more sizes"] if rest > 0 else [])])
-
-
-def count_cut(tokenizer: Any, cleaned: Sequence[str]) -> int:
-    """How many of these cleaned captions have more tokens than the tokenizer keeps."""
-    most = tokenizer.model_max_length
-    long = [caption for caption in cleaned if len(caption.encode()) >= most]  # a token has a byte at least
-    parts = [long[first : first + AT_A_TIME] for first in range(0, len(long), AT_A_TIME)]
-    return sum(
-        len(ids) > most for part in parts for ids in tokenizer(part, truncation=False, verbose=False)["input_ids"]
-    )

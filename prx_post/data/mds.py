@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prx_post.data.config import CAPTION_COLUMNS, DataConfig, caption_column
-from prx_post.data.rows import DataError, ImageRows
+from prx_post.data.rows import DataError, ImageRows, digest_of
 
 ENCODED, RAW_PIXELS = ("bytes", "jpeg", "png"), "pil"
 """Encodings of an image column: files as they are, or bare pixels."""
@@ -37,6 +37,7 @@ class MdsRows(ImageRows):
     def __init__(self, folder: Path, config: DataConfig) -> None:
         self._image_column = config.image_column
         self._dataset = _open(folder)
+        self._files = [folder / "index.json", *(folder / shard.raw_data.basename for shard in self._dataset.shards)]
         for shard in self._dataset.shards:
             _check_shard(shard, folder)
             prompt_column, self._pixels = _prepare_columns(shard, config)
@@ -51,6 +52,12 @@ class MdsRows(ImageRows):
     def name(self, row: int) -> str:
         shard, index = self._dataset.spanner[row]
         return f"{self._dataset.shards[shard].raw_data.basename}, sample {index}"
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def fingerprint(self) -> str:
+        return digest_of(self._files)
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image; bare pixels as PNG. Raises OSError if the sample cannot be read."""

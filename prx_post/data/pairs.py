@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,17 +17,17 @@ from prx_post.base.files import write_jsonl
 from prx_post.base.ranks import Ranks
 from prx_post.data.buckets import Buckets
 from prx_post.data.config import PreferenceConfig
-from prx_post.data.encoding import EncodedCache, Encoders, fill_cache, with_what_others_wrote
+from prx_post.data.encoders import Encoders
+from prx_post.data.encoding import EncodedCache, fill_cache, with_what_others_wrote
 from prx_post.data.findings import describe
-from prx_post.data.images import image_size
 from prx_post.data.plan import Draw
 from prx_post.data.readers import open_dataset
-from prx_post.data.rows import BadRow, DataError, ImageRows, Opened, report_bad_rows
-from prx_post.data.scan import EMPTY_CAPTION, LOST_CAPTION, Sample, is_visible
+from prx_post.data.rows import BadRow, DataError, ImageColumn, ImageRows, Opened, report_bad_rows
+from prx_post.data.scan import Sample
+from prx_post.data.scan_memory import scanned
 from prx_post.data.source import LatentSource
 from prx_post.engine.protocols import Batch
 from prx_post.flow import seeded_noise
-from prx_post.model.text import PromptCleaner
 
 IDENTICAL = "both images are the same"
 DUPLICATE = "an earlier pair is the same"
@@ -44,21 +43,20 @@ class PairRows(ImageRows):
         DataError: a column of noise seeds or scores holds something else.
     """
 
+    images_per_entry = 2
+
     def __init__(self, opened: Opened, config: PreferenceConfig) -> None:
         super().__init__(opened, config.chosen_column)
-        dataset = opened.dataset
         self.prompts = [prompt for prompt in self.prompts for _ in range(2)]
-        columns = (config.chosen_column, config.rejected_column)
-        self._sides = [(dataset.select_columns([column]), column) for column in columns]  # so that one alone is read
+        self._columns += [ImageColumn(opened, config.rejected_column)]
         self._seeds, self._scores = (self._numbers(names) for names in (config.seed_columns, config.score_columns))
 
     def __len__(self) -> int:
         return 2 * len(self._dataset)
 
-    def _cell(self, row: int) -> dict[str, Any]:
+    def _place(self, row: int) -> tuple[ImageColumn, int]:
         pair, side = divmod(row, 2)
-        images, column = self._sides[side]
-        return self._placed(images[pair][column], pair)
+        return self._columns[side], pair
 
     def _numbers(self, columns: Sequence[str]) -> list[tuple[float, float] | None]:
         """Of each pair, those of both images; None if they are not all there."""
@@ -84,6 +82,9 @@ class PairRows(ImageRows):
     def name(self, row: int) -> str:
         pair, side = divmod(row, 2)
         return f"pair {pair}, {('chosen', 'rejected')[side]}"
+
+    def entry_name(self, number: int) -> str:
+        return f"pair {number}"
 
 
 def read_pairs(config: PreferenceConfig) -> PairRows:
@@ -118,33 +119,15 @@ class Pair:
         return self.chosen.prompt_key, chosen, rejected
 
 
-def scan_pairs(
-    rows: PairRows, buckets: Buckets, cleaner: PromptCleaner, ranks: Ranks
-) -> tuple[list[Pair], list[BadRow]]:
-    """Sort this rank's pairs into usable and bad ones, from prompts and image headers."""
-    pairs, bad = [], []
-    numbers = ranks.share(range(len(rows) // 2))
-    for number in tqdm(numbers, desc="scanning", unit="pair", leave=False, disable=ranks.hides_progress):
-        prompt, size, samples, own_sizes = rows.prompts[2 * number] or "", None, [], set()
-        cleaned = cleaner(prompt)
-        if not is_visible(cleaned):
-            bad.append(BadRow(number, f"pair {number}", LOST_CAPTION if is_visible(prompt) else EMPTY_CAPTION))
-            continue
-        for row in (2 * number, 2 * number + 1):
-            try:
-                data = rows.image_bytes(row)
-                own = image_size(data)
-            except OSError as error:
-                bad.append(BadRow(number, rows.name(row), str(error)))
-                break
-            size = buckets(*own) if size is None else size
-            own_sizes.add(own)
-            samples.append(Sample.of(row, prompt, cleaned, data, own, size))
-        else:
-            seeds = rows.seeds(number) if own_sizes == {size} else None  # a resized image has no noise
-            chosen, rejected = samples
-            pairs.append(Pair(chosen, rejected, seeds, rows.gap(number)))
-    return pairs, bad
+def pairs_of(samples: Sequence[Sample], rows: PairRows) -> list[Pair]:
+    """Of the samples of usable pairs, in the order of their rows."""
+    pairs = []
+    for chosen, rejected in zip(samples[::2], samples[1::2], strict=True):
+        is_resized = any(sample.own_size != sample.size for sample in (chosen, rejected))
+        number = chosen.row // 2
+        seeds = None if is_resized else rows.seeds(number)  # a resized image has no noise
+        pairs.append(Pair(chosen, rejected, seeds, rows.gap(number)))
+    return pairs
 
 
 def without_contradictions(pairs: Sequence[Pair]) -> tuple[list[Pair], list[BadRow]]:
@@ -190,8 +173,9 @@ def prepare_pairs(
         DataError: too many pairs cannot be used, none is left, or one lacks what it must have; before it is encoded.
     """
     total, bad_rows_path = len(rows) // 2, folder / "bad_rows.jsonl"
-    pairs, bad = (ranks.gather(found) for found in scan_pairs(rows, buckets, encoders.cleaner, ranks))
-    pairs.sort(key=lambda pair: pair.number)
+    cache_dir = Path(config.cache_dir).expanduser()
+    found, bad = scanned(rows, buckets, encoders, False, cache_dir, ranks)
+    pairs = pairs_of(found, rows)
 
     def report() -> None:
         bad.sort(key=lambda bad_row: bad_row.row)
@@ -209,11 +193,11 @@ def prepare_pairs(
     samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
     if ranks.is_main:
         counted = f"{len(pairs)} of {total} pairs of images" if len(pairs) < total else f"{total} pairs of images"
-        tokenizer = encoders.pipeline.load_tokenizer()
-        tqdm.write(describe(str(config.dataset_name), counted, samples, rows.notes, tokenizer))
+        most = encoders.pipeline.max_prompt_tokens
+        tqdm.write(describe(str(config.dataset_name), counted, samples, rows.notes, most))
 
     def open_cache() -> EncodedCache:
-        return EncodedCache.open(Path(config.cache_dir).expanduser(), encoders.pipeline, encoders.text_dtype)
+        return EncodedCache.open(cache_dir, encoders.pipeline, encoders.text_dtype)
 
     undecodable = ranks.gather(fill_cache(open_cache(), samples, rows, ["", *extra_prompts], encoders, ranks))
     if undecodable:

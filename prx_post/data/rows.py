@@ -1,7 +1,9 @@
 """Rows of images with captions, and what becomes of those that cannot be used."""
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,38 +48,97 @@ class ImageRows:
 
     Attributes:
         notes: what was found beside the rows.
+        images_per_entry: rows that are of use only together.
     """
 
     notes: Sequence[str] = ()
+    images_per_entry = 1
 
     def __init__(self, opened: Opened, image_column: str) -> None:
         self._dataset, self._folder_of, self.notes = opened.dataset, opened.folder_of, opened.notes
-        self._image_column = image_column
+        self._columns = [ImageColumn(opened, image_column)]
         self.prompts: list[str | None] = list(opened.dataset[opened.prompt_column])
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def _cell(self, row: int) -> dict[str, Any]:
-        return self._placed(self._dataset[row][self._image_column], row)
-
-    def _placed(self, cell: dict[str, Any] | None, row: int) -> dict[str, Any]:
-        """With the path of an image that lies in a file of its own made whole; `row` is the data set's."""
-        if not cell or cell.get("bytes") is not None or not cell.get("path") or self._folder_of is None:
-            return cell or {}
-        return {**cell, "path": str(self._folder_of(row) / cell["path"])}
+    def _place(self, row: int) -> tuple["ImageColumn", int]:
+        """The column that a row's image is in, and where."""
+        return self._columns[0], row
 
     def name(self, row: int) -> str:
-        return self._cell(row).get("path") or f"row {row}"
+        column, place = self._place(row)
+        return column.paths[place] or f"row {row}"
+
+    def entry_name(self, number: int) -> str:
+        return self.name(number)
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image. Raises OSError if its file cannot be read or the cell is empty."""
-        cell = self._cell(row)
-        if cell.get("bytes") is not None:
-            return cell["bytes"]
-        if not cell.get("path"):
+        column, place = self._place(row)
+        return column.image_bytes(place)
+
+    def fingerprint(self) -> str | None:
+        """A digest that differs if a row has changed: captions are compared, and files by size and modification time.
+
+        None if it cannot be known, where images are in memory alone.
+        """
+        files = [file["filename"] for file in self._dataset.cache_files]
+        inside = any(any(column.has_bytes) for column in self._columns)
+        if inside and not files:
+            return None
+        of_images = (path for column in self._columns for path in column.files())
+        return digest_of([*files, *of_images], str(self._dataset.split), *map(str, self.prompts))
+
+
+class ImageColumn:
+    """A column of encoded images, in their cells or in files of their own.
+
+    Attributes:
+        paths: of each image; None for one that lies in its cell without a name.
+        has_bytes: whether an image lies in its cell.
+    """
+
+    def __init__(self, opened: Opened, name: str) -> None:
+        import pyarrow.compute as pc
+
+        self._cells = opened.dataset.select_columns([name])  # so that it alone is read
+        self._name = name
+        cells = self._cells.with_format("arrow")[:][name]  # mapped; of bytes only whether there are any is read
+        self.has_bytes: list[bool] = pc.struct_field(cells, "bytes").is_valid().to_pylist()
+        self.paths: list[str | None] = pc.struct_field(cells, "path").to_pylist()
+        if opened.folder_of is not None:
+            for row, path in enumerate(self.paths):
+                if path and not self.has_bytes[row]:
+                    self.paths[row] = str(opened.folder_of(row) / path)
+
+    def image_bytes(self, place: int) -> bytes:
+        if self.has_bytes[place]:
+            return self._cells[place][self._name]["bytes"]
+        path = self.paths[place]
+        if not path:
             raise OSError("the cell is empty")
-        return Path(cell["path"]).read_bytes()
+        return Path(path).read_bytes()
+
+    def files(self) -> Iterator[str]:
+        """Paths of images in files of their own."""
+        return (path for path, inside in zip(self.paths, self.has_bytes, strict=True) if path and not inside)
+
+
+def digest_of(files: Iterable[str | Path], *texts: str) -> str:
+    """Of texts, and of files by path, size and modification time."""
+    digest = hashlib.sha256()
+    for part in [*map(_stamp, files), *texts]:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _stamp(path: str | Path) -> str:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return f"{path}: missing"
+    return f"{path}: {stat.st_size}, {stat.st_mtime_ns}"
 
 
 def report_bad_rows(bad: list[BadRow], total: int, max_bad_fraction: float, path: Path, is_main: bool = True) -> None:

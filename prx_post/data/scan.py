@@ -1,6 +1,8 @@
 """From rows to samples: which rows are usable, and at which size."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
@@ -9,10 +11,12 @@ from prx_post.data.buckets import Buckets, Size
 from prx_post.data.cache import content_key
 from prx_post.data.images import decode, image_size
 from prx_post.data.rows import BadRow, ImageRows
-from prx_post.model.text import PromptCleaner
+from prx_post.model.text import PromptCleaner, count_tokens
 
 EMPTY_CAPTION = "the caption is empty"
 LOST_CAPTION = "prompt cleaning leaves nothing of the caption; set skip_text_cleaning: true to keep it"
+AT_A_TIME = 1000
+"""Captions that are tokenized together."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class Sample:
 
     Attributes:
         cleaned: the prompt as it is encoded.
-        is_enlarged: whether its image is smaller than that size.
+        tokens: that the cleaned prompt has, before it is cut.
+        own_size: of its image before it is resized; None of what has no image.
     """
 
     row: int
@@ -30,13 +35,13 @@ class Sample:
     image_key: str
     prompt_key: str
     cleaned: str = ""
-    is_enlarged: bool = False
+    tokens: int = 0
+    own_size: Size | None = None
 
-    @classmethod
-    def of(cls, row: int, prompt: str, cleaned: str, data: bytes, own: Size, size: Size) -> "Sample":
-        """Of an image of size `own`, that is trained at `size`."""
-        image_key, is_enlarged = f"{content_key(data)}-{size[0]}x{size[1]}", own[0] < size[0] or own[1] < size[1]
-        return cls(row, prompt, size, image_key, content_key(cleaned), cleaned, is_enlarged)
+    @property
+    def is_enlarged(self) -> bool:
+        own = self.own_size or self.size
+        return own[0] < self.size[0] or own[1] < self.size[1]
 
     @property
     def has_changed_caption(self) -> bool:
@@ -45,28 +50,55 @@ class Sample:
 
 
 def scan(
-    rows: ImageRows, buckets: Buckets, cleaner: PromptCleaner, decode_all: bool, ranks: Ranks = ALONE
+    rows: ImageRows, buckets: Buckets, cleaner: PromptCleaner, tokenizer: Any, decode_all: bool, ranks: Ranks = ALONE
 ) -> tuple[list[Sample], list[BadRow]]:
-    """Sort this process's rows into usable samples and bad rows, from captions and image headers (or images)."""
-    samples, bad = [], []
-    for row in tqdm(
-        ranks.share(range(len(rows))), desc="scanning", unit="row", leave=False, disable=ranks.hides_progress
-    ):
-        prompt = rows.prompts[row] or ""
-        cleaned = cleaner(prompt)
-        if not is_visible(cleaned):
-            bad.append(BadRow(row, rows.name(row), LOST_CAPTION if is_visible(prompt) else EMPTY_CAPTION))
-            continue
+    """Sort this process's rows into usable samples and bad rows, from captions and image headers (or images).
+
+    Rows that are of use only together are bad together, and have the size that the first of them asks for.
+    """
+    each, samples, bad = rows.images_per_entry, list[Sample](), list[BadRow]()
+    numbers = ranks.share(range(len(rows) // each))
+    progress = tqdm(total=len(numbers), desc="scanning", unit="row", leave=False, disable=ranks.hides_progress)
+    for first in range(0, len(numbers), AT_A_TIME):
+        part = numbers[first : first + AT_A_TIME]
+        texts = [cleaner(rows.prompts[each * number] or "") for number in part]
+        for number, text, tokens in zip(part, texts, count_tokens(tokenizer, texts), strict=True):
+            progress.update()
+            of_entry = range(each * number, each * (number + 1))
+            if not is_visible(text):
+                is_lost = is_visible(rows.prompts[of_entry[0]] or "")
+                bad.append(BadRow(number, rows.entry_name(number), LOST_CAPTION if is_lost else EMPTY_CAPTION))
+                continue
+            try:
+                samples += _images(rows, of_entry, buckets, text, tokens, decode_all)
+            except _Unusable as error:
+                bad.append(BadRow(number, rows.name(error.row), str(error)))
+    progress.close()
+    return samples, bad
+
+
+class _Unusable(Exception):
+    def __init__(self, row: int, reason: object) -> None:
+        super().__init__(str(reason))
+        self.row = row
+
+
+def _images(
+    rows: ImageRows, of_entry: Sequence[int], buckets: Buckets, cleaned: str, tokens: int, decode_all: bool
+) -> list[Sample]:
+    samples, size, key = list[Sample](), None, content_key(cleaned)
+    for row in of_entry:
         try:
             data = rows.image_bytes(row)
             own = image_size(data)
             if decode_all:
                 decode(data)
         except OSError as error:
-            bad.append(BadRow(row, rows.name(row), str(error)))
-            continue
-        samples.append(Sample.of(row, prompt, cleaned, data, own, buckets(*own)))
-    return samples, bad
+            raise _Unusable(row, error) from error
+        size = size or buckets(*own)
+        image_key = f"{content_key(data)}-{size[0]}x{size[1]}"
+        samples.append(Sample(row, rows.prompts[row] or "", size, image_key, key, cleaned, tokens, own))
+    return samples
 
 
 def is_visible(text: str) -> bool:

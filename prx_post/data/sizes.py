@@ -11,7 +11,7 @@ from prx_post.data.buckets import Buckets, Size
 from prx_post.data.images import image_size
 from prx_post.data.rows import ImageRows
 from prx_post.model.checkpoint import PipelineFolder
-from prx_post.model.text import PromptCleaner, tokenize
+from prx_post.model.text import PromptCleaner, count_tokens
 
 LOOKED_AT = 1000
 """Rows that are opened; of a longer data set as many are taken at equal distances."""
@@ -57,8 +57,8 @@ def cache_size(
         return " ".join(str(error).split())
     chosen = range(len(rows)) if len(rows) <= LOOKED_AT else [i * len(rows) // LOOKED_AT for i in range(LOOKED_AT)]
     prompts = {cleaner(rows.prompts[row] or "") for row in chosen} - {""}
-    tokens = [int(tokenize(tokenizer, prompt)["attention_mask"].sum()) for prompt in sorted(prompts)]
-    embeddings = text_dtype.itemsize * sum(tokens) * pipeline.configs["transformer"]["context_in_dim"]
+    tokens = sum(min(count, pipeline.max_prompt_tokens) for count in count_tokens(tokenizer, sorted(prompts)))
+    embeddings = text_dtype.itemsize * tokens * pipeline.configs["transformer"]["context_in_dim"]
     latents = 0
     for row in chosen:
         size = _size(rows, row, buckets)

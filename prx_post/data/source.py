@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from prx_post.data.cache import content_key
-from prx_post.data.encoding import EncodedCache, Encoders
+from prx_post.data.encoders import Encoders
+from prx_post.data.encoding import EncodedCache
 from prx_post.data.plan import Draw, Plan
 from prx_post.data.rows import ImageRows
 from prx_post.data.scan import Sample

@@ -22,7 +22,7 @@ from prx_post.base.errors import PrxPostError
 from prx_post.base.files import json_line, make_folder, write_bytes
 from prx_post.base.ranks import Ranks
 from prx_post.data.cache import fingerprint
-from prx_post.data.encoding import Encoders
+from prx_post.data.encoders import Encoders
 from prx_post.evaluation.config import CheckpointSpec, EvalConfig
 from prx_post.evaluation.jobs import Job
 from prx_post.flow import inference_sigmas, x0_from_velocity

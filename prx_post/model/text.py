@@ -1,8 +1,9 @@
 """Prompts to embeddings, exactly as the pipeline makes them, and saving T5Gemma encoders so that they load again."""
 
 import copy
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+LENGTHS = 8
+"""Prompts that are encoded together are padded to a multiple of this, so that a GPU sees few shapes."""
+
 
 class PromptCleaner:
-    """The pipeline's own prompt cleaning."""
+    """The pipeline's own prompt cleaning, once a prompt."""
 
     def __init__(self, skip_text_cleaning: bool = False) -> None:
         from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
 
         preprocessor = TextPreprocessor()
         self.skip_text_cleaning = skip_text_cleaning
-        self._clean = preprocessor.basic_clean if skip_text_cleaning else preprocessor.clean_text
+        self._clean = functools.cache(preprocessor.basic_clean if skip_text_cleaning else preprocessor.clean_text)
 
     def __call__(self, prompt: str) -> str:
         return self._clean(prompt)
@@ -38,28 +42,44 @@ class PromptCleaner:
 
 @dataclass
 class PromptEncoder:
-    """Prompts -> embeddings with the pipeline's tokenizer, cleaner and encoder, one prompt at a time.
+    """Prompts -> embeddings with the pipeline's tokenizer, cleaner and encoder.
 
-    One at a time because the last bits of an embedding depend on the batch it was computed in; encoded alone it is a
-    function of the prompt, and so can be cached.
+    The last bits of an embedding depend on the batch and the padding that it was computed with: encoded alone it is a
+    function of the prompt, and the pipeline's own to the bit.
     """
 
     tokenizer: Any
     text_encoder: Any
     cleaner: PromptCleaner
 
-    def token_ids(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """Token ids and mask of the cleaned prompt, padded to the tokenizer's model_max_length, both [1, L]."""
-        tokens = tokenize(self.tokenizer, self.cleaner(prompt))
-        return tokens["input_ids"], tokens["attention_mask"].bool()
-
-    @torch.no_grad()
     def __call__(self, prompt: str) -> Tensor:
         """Embedding of one prompt without its padding, [L, D] in the encoder's dtype, on the encoder's device."""
-        ids, mask = self.token_ids(prompt)
+        return self.of_cleaned(self.cleaner(prompt))
+
+    @torch.no_grad()
+    def of_cleaned(self, cleaned_prompt: str) -> Tensor:
+        """The same of a prompt that has been cleaned."""
+        tokens = tokenize(self.tokenizer, cleaned_prompt)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"].bool()
         device = self.text_encoder.device
         output = self.text_encoder(input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True)
         return output["last_hidden_state"][0, mask[0].to(device)]
+
+    @torch.no_grad()
+    def together(self, cleaned_prompts: Sequence[str]) -> list[Tensor]:
+        """Embeddings of cleaned prompts, each as one prompt's, padded to the longest of them alone."""
+        tokens = self.tokenizer(
+            list(cleaned_prompts),
+            padding="longest",
+            pad_to_multiple_of=LENGTHS,
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.text_encoder.device)
+        mask = tokens["attention_mask"].bool()
+        output = self.text_encoder(input_ids=tokens["input_ids"], attention_mask=mask, output_hidden_states=True)
+        return [hidden[kept] for hidden, kept in zip(output["last_hidden_state"], mask, strict=True)]
 
 
 def tokenize(tokenizer: Any, cleaned_prompt: str) -> dict[str, Tensor]:
@@ -71,6 +91,11 @@ def tokenize(tokenizer: Any, cleaned_prompt: str) -> dict[str, Tensor]:
         return_attention_mask=True,
         return_tensors="pt",
     )
+
+
+def count_tokens(tokenizer: Any, cleaned_prompts: Sequence[str]) -> list[int]:
+    """How many each has before the tokenizer cuts it; there must be one at least."""
+    return [len(ids) for ids in tokenizer(list(cleaned_prompts), truncation=False, verbose=False)["input_ids"]]
 
 
 def pad_embeddings(embeddings: list[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,9 @@ from prx_post.base.errors import PrxPostError
 from prx_post.base.files import write_jsonl
 from prx_post.data.buckets import Size
 from prx_post.data.cache import content_key, fingerprint
-from prx_post.data.encoding import EncodedCache, Encoders
+from prx_post.data.config import EncodersConfig
+from prx_post.data.encoders import Encoders
+from prx_post.data.encoding import EncodedCache
 from prx_post.data.rows import DataError, ImageRows
 from prx_post.data.scan import Sample
 from prx_post.engine.protocols import Batch, Monitor, Objective
@@ -79,8 +81,7 @@ class PipelineStage:
     Args:
         model: which pipeline, and which of its weights.
         config: the stage's own settings, which extend MonitorConfig.
-        skip_text_cleaning: the pipeline's flag of this name.
-        cache_dir: where digests of weight files are remembered.
+        encoding: how prompts and images are encoded.
         size: height and width that are fixed, pixels; None: aspect buckets.
         planned: for `prx-post plan`, for which neither weights nor data need be there.
     """
@@ -92,18 +93,17 @@ class PipelineStage:
         self,
         model: ModelConfig,
         config: Any,
-        skip_text_cleaning: bool,
-        cache_dir: str,
+        encoding: EncodersConfig,
         size: Size | None,
         planned: bool = False,
     ) -> None:
-        self.model, self.config, self.size = model, config, size
-        self.cache_dir = Path(cache_dir).expanduser()
+        self.model, self.config, self.encoding, self.size = model, config, encoding, size
+        self.cache_dir = Path(encoding.cache_dir).expanduser()
         self.pipeline = open_pipeline(str(model.model_name_or_path), model.model_revision, weights=not planned)
         if model.use_peft:
             lora.check_targets(self.pipeline, model.lora_target_modules)
         self.judges = Judges([], {}) if planned else Judges.open(config)
-        self.cleaner = PromptCleaner(skip_text_cleaning)
+        self.cleaner = PromptCleaner(encoding.skip_text_cleaning)
 
     @cached_property
     def scheduler(self) -> Any:
@@ -116,6 +116,11 @@ class PipelineStage:
         return (self.pipeline,)
 
     @property
+    def encoder_pipeline(self) -> PipelineFolder:
+        """Whose text encoder and VAE are used."""
+        return self.pipeline
+
+    @property
     def largest_size(self) -> Size:
         return self.size or self.pipeline.resolve_size(None, None)
 
@@ -123,10 +128,18 @@ class PipelineStage:
         return torch.bfloat16 if self.config.bf16 else torch.float32
 
     def encoders(self, run: Run) -> Encoders:
-        """Of the pipeline, each loaded at its first use."""
+        """Each loaded at its first use."""
         if run.ranks.is_main:
-            self.cleaner.warn_of_lost(self.config.sample_prompts)
-        return Encoders(self.pipeline, self.cleaner, run.device, self.text_dtype())
+            self.cleaner.warn_of_lost(self.shown_prompts())
+        return self.encoders_on(run.device)
+
+    def encoders_on(self, device: torch.device) -> Encoders:
+        given = self.encoding
+        return Encoders(
+            *(self.encoder_pipeline, self.cleaner, device, self.text_dtype()),
+            batch_size=given.encode_batch_size,
+            num_workers=given.dataloader_num_workers,
+        )
 
     def shown_prompts(self) -> list[str]:
         """Prompts of grids and evaluations, which are to be embedded with the data's own."""

@@ -18,7 +18,7 @@ class CaptionedStage(PipelineStage):
     """Settings are a ModelConfig, a DataConfig and the stage's own."""
 
     def __init__(self, model: ModelConfig, data: DataConfig, config: Any, *, planned: bool = False) -> None:
-        super().__init__(model, config, data.skip_text_cleaning, data.cache_dir, data.fixed_size, planned)
+        super().__init__(model, config, data, data.fixed_size, planned)
         self.data_config = data
         self.buckets = Buckets(self.pipeline, data.height, data.width)
         self.rows = None if planned else read_rows(data)

@@ -99,7 +99,7 @@ def test_every_step_of_a_renoising_sampler_has_noise_of_its_own():
 
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
 def test_our_sampler_draws_what_the_stock_pipeline_draws_from_a_student(prompts_file, warm_cache, tmp_path, sampler):
-    from prx_post.data.encoding import Encoders
+    from prx_post.data.encoders import Encoders
     from prx_post.model.checkpoint import load
     from prx_post.model.sampler import build_sampler
     from prx_post.model.text import PromptCleaner

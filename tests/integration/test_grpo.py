@@ -86,7 +86,7 @@ def test_recorded_rows_give_the_losses_of_the_online_run(whole):
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(weights[f"policy.{name}"])
-    from prx_post.data.encoding import Encoders
+    from prx_post.data.encoders import Encoders
     from prx_post.flow import inference_sigmas
     from prx_post.model.checkpoint import open_pipeline
     from prx_post.model.text import PromptCleaner, pad_embeddings

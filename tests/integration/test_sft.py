@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from prx_post.base.errors import PrxPostError
 from prx_post.base.ranks import ALONE
 from prx_post.data.config import DataConfig
-from prx_post.data.encoding import Encoders
+from prx_post.data.encoders import Encoders
 from prx_post.model.checkpoint import PipelineFolder, load
 from prx_post.model.config import ModelConfig
 from prx_post.model.inference import Inference

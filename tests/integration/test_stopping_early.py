@@ -13,7 +13,7 @@ from tests.processes import Child, Processes, kill_group, run
 
 def slow_encoding() -> None:
     """Every image takes a tenth of a second, and more than a few are never reached before a signal."""
-    from prx_post.data.encoding import Encoders
+    from prx_post.data.encoders import Encoders
 
     encode = Encoders.latents
 

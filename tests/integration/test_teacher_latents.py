@@ -8,7 +8,7 @@ import torch
 
 from prx_post.base.ranks import Ranks
 from prx_post.data.cache import TensorCache
-from prx_post.data.encoding import Encoders
+from prx_post.data.encoders import Encoders
 from prx_post.model.checkpoint import load, open_pipeline
 from prx_post.model.sampler import build_sampler
 from prx_post.model.text import PromptCleaner

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import PRXPipeline
 
-from prx_post.data.encoding import Encoders
+from prx_post.data.encoders import Encoders
 from prx_post.model.checkpoint import load
 from prx_post.model.sampler import Sampler, build_sampler, generate_images
 from prx_post.model.text import PromptCleaner, PromptEncoder

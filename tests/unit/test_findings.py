@@ -5,11 +5,11 @@ from PIL import Image
 
 from prx_post.data.buckets import Buckets
 from prx_post.data.config import DataConfig
-from prx_post.data.findings import count_cut, describe
+from prx_post.data.findings import describe
 from prx_post.data.readers import read_rows
 from prx_post.data.scan import EMPTY_CAPTION, LOST_CAPTION, is_visible, scan
 from prx_post.model.checkpoint import open_pipeline
-from prx_post.model.text import PromptCleaner, tokenize
+from prx_post.model.text import PromptCleaner, count_tokens, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,9 @@ def folder_of(tmp_path, pictures):
 
 
 def line_of(rows, pipeline, height=32, width=64):
-    samples, bad = scan(rows, Buckets(pipeline, height, width), PromptCleaner(), decode_all=False)
-    return describe("set", f"{len(samples)} images", samples, rows.notes, pipeline.load_tokenizer()), bad
+    buckets, tokenizer = Buckets(pipeline, height, width), pipeline.load_tokenizer()
+    samples, bad = scan(rows, buckets, PromptCleaner(), tokenizer, decode_all=False)
+    return describe("set", f"{len(samples)} images", samples, rows.notes, pipeline.max_prompt_tokens), bad
 
 
 def test_a_set_with_nothing_to_say_is_short(tmp_path, pipeline):
@@ -63,7 +64,7 @@ def test_a_caption_is_cut_if_words_of_it_are_lost(pipeline):
         caption = " ".join(["seven"] * count)
         kept = tokenizer.decode(tokenize(tokenizer, caption)["input_ids"][0], skip_special_tokens=True).count("seven")
         lost.append(kept < count)
-        assert count_cut(tokenizer, [caption]) == lost[-1]
+        assert (count_tokens(tokenizer, [caption])[0] > tokenizer.model_max_length) == lost[-1]
     assert lost[0] < lost[-1]
 
 

@@ -8,7 +8,7 @@ import torch
 from prx_post.base.ranks import ALONE
 from prx_post.data.buckets import Buckets
 from prx_post.data.config import PreferenceConfig
-from prx_post.data.encoding import Encoders
+from prx_post.data.encoders import Encoders
 from prx_post.data.pairs import TIE, PairSource, prepare_pairs, read_pairs, without_contradictions
 from prx_post.data.pairs import Pair as Pair_
 from prx_post.data.plan import DrawPlan

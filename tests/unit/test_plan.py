@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prx_post.base.errors import ConfigError
-from prx_post.data.encoding import Encoders
+from prx_post.data.encoders import Encoders
 from prx_post.data.readers import read_rows
 from prx_post.data.sizes import CacheSize
 from prx_post.model.text import PromptCleaner

@@ -3,7 +3,6 @@
 from typing import Any
 
 from prx_post.base.ranks import launched_ranks
-from prx_post.data.encoding import Encoders
 from prx_post.engine.signals import StopSignals
 from prx_post.model.checkpoint import load
 from prx_post.model.sampler import build_sampler, default_device
@@ -25,7 +24,7 @@ def run(configs: tuple[Any, ...]) -> None:
         return made
 
     with StopSignals(), launched_ranks() as ranks:
-        encoders = Encoders(pipeline, stage.cleaner, device, dtype)
+        encoders = stage.encoders_on(device)
         shown = stage.shown_prompts()
         samples, cache = teacher_latents(teacher, stage.prompts, encoders, size, sampler, ranks, shown)
         if ranks.is_main:

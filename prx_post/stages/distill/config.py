@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prx_post.base.errors import ConfigError
 from prx_post.base.settings import check_fields, doc, require
-from prx_post.data.config import DataConfig
+from prx_post.data.config import DataConfig, EncodersConfig
 from prx_post.evaluation.monitor_config import MonitorConfig
 from prx_post.model.config import ATTENTION_HEADS, SAMPLERS, ModelConfig
 
@@ -17,7 +17,7 @@ WITH_NETWORK = ("ladd", "dmd2")
 
 
 @dataclass
-class TeacherConfig:
+class TeacherConfig(EncodersConfig):
     """The teacher, and the latents that it makes of prompts."""
 
     group = "data"
@@ -42,9 +42,7 @@ class TeacherConfig:
     latents_seed: int = doc("Seed of the noise that the teacher's latents begin with.", 0, at_least=0)
     height: int | None = doc("Height, pixels; null: the checkpoint's default_sample_size.", None, above=0)
     width: int | None = doc("Width, pixels; null: the checkpoint's default_sample_size.", None, above=0)
-    skip_text_cleaning: bool = doc("Only light prompt cleaning; use the same value at inference.", False)
     cache: str = doc("`disk`, and nothing else: latents and embeddings are read from the cache.", "disk")
-    cache_dir: str = doc("Folder of the cache.", "~/.cache/prx-post", resume="free")
     real_fraction: float = doc(
         "Fraction of each batch that are real images, of dataset_name, not the teacher's.", 0.0, between=(0, 1)
     )
@@ -75,6 +73,8 @@ class TeacherConfig:
             width=size[1],
             skip_text_cleaning=self.skip_text_cleaning,
             cache_dir=self.cache_dir,
+            encode_batch_size=self.encode_batch_size,
+            dataloader_num_workers=self.dataloader_num_workers,
             max_bad_fraction=self.max_bad_fraction,
         )
 

@@ -20,7 +20,8 @@ from prx_post.base.files import write_bytes
 from prx_post.base.ranks import Ranks
 from prx_post.data.buckets import Buckets
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
-from prx_post.data.encoding import EncodedCache, Encoders, encode_prompts, prepare, with_what_others_wrote
+from prx_post.data.encoders import Encoders
+from prx_post.data.encoding import EncodedCache, encode_prompts, prepare, with_what_others_wrote
 from prx_post.data.prompts import read_prompt_file
 from prx_post.data.rows import ImageRows
 from prx_post.data.scan import Sample

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from prx_post.base.settings import require
-from prx_post.data.encoding import Encoders
 from prx_post.data.plan import MixedPlan
 from prx_post.data.readers import read_rows
 from prx_post.data.scan import Sample
@@ -45,7 +44,7 @@ class Distill(PipelineStage):
     def __init__(
         self, model: ModelConfig, teacher: TeacherConfig, config: DistillConfig, *, planned: bool = False
     ) -> None:
-        super().__init__(model, config, teacher.skip_text_cleaning, teacher.cache_dir, None, planned)
+        super().__init__(model, config, teacher, None, planned)
         self.teacher_config = teacher
         self.teacher_pipeline: PipelineFolder = open_teacher(teacher, self.pipeline, planned)
         check_fit(self.pipeline, self.teacher_pipeline, "teacher")
@@ -92,10 +91,9 @@ class Distill(PipelineStage):
         )
         return Encoded(samples, self.rows, cache, encoders, self._name_of, described)
 
-    def encoders(self, run: Run) -> Encoders:
-        if run.ranks.is_main:
-            self.cleaner.warn_of_lost(self.shown_prompts())
-        return Encoders(self.teacher_pipeline, self.cleaner, run.device, self.text_dtype())
+    @property
+    def encoder_pipeline(self) -> PipelineFolder:
+        return self.teacher_pipeline
 
     def objective(self, run: Run, data: Encoded) -> DistillationObjective:
         config, shape = self.config, self.teacher_pipeline.configs["transformer"]

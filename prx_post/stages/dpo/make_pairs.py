@@ -36,7 +36,7 @@ from prx_post.base.parsing import parse
 from prx_post.base.ranks import launched_ranks
 from prx_post.base.settings import check_fields, doc
 from prx_post.data.cache import content_key, fingerprint
-from prx_post.data.encoding import Encoders
+from prx_post.data.encoders import Encoders
 from prx_post.engine.signals import StopSignals
 from prx_post.model.checkpoint import DTYPES, PipelineFolder, load, open_pipeline
 from prx_post.model.config import DTYPE_NAMES, GUIDANCE

@@ -33,7 +33,7 @@ class DPO(PipelineStage):
         planned: bool = False,
     ) -> None:
         check_together(data, judge, config)
-        super().__init__(model, config, data.skip_text_cleaning, data.cache_dir, data.fixed_size, planned)
+        super().__init__(model, config, data, data.fixed_size, planned)
         self.data_config = data
         self.buckets = Buckets(self.pipeline, data.height, data.width)
         self._check_noise()

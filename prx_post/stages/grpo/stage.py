@@ -47,7 +47,7 @@ class GRPO(PipelineStage):
         planned: bool = False,
     ) -> None:
         check_together(model, judge, config)
-        super().__init__(model, config, data.skip_text_cleaning, data.cache_dir, data.fixed_size, planned)
+        super().__init__(model, config, data, data.fixed_size, planned)
         self.prompts_file, self.guard = str(data.prompts_file), Guard()
         self.rollout_size = self._rollout_size()
         self.sigmas = self._grid()
