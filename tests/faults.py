@@ -91,7 +91,7 @@ def run_child(
     limits: Limits | None = None,
     kill_after_s: float | None = None,
     signal_when: tuple[int, Callable[[], bool]] | None = None,
-    timeout_s: float = 300,
+    timeout_s: float = 1800,
 ) -> Outcome:
     """Run the command line in a child to its end, or to its SIGKILL after `kill_after_s` seconds.
 

@@ -125,7 +125,7 @@ class Processes:
             for i in range(count)
         ]
 
-    def wait(self, timeout_s: float = 300) -> list[Finished]:
+    def wait(self, timeout_s: float = 1800) -> list[Finished]:
         """Until all have ended. Raises TimeoutError, with their output, after killing them."""
         deadline = time.monotonic() + timeout_s
         try:
@@ -138,7 +138,7 @@ class Processes:
         return [Finished(code, log.read_text()) for code, log in zip(codes, self.logs, strict=True)]
 
 
-def wait_for(path: Path, timeout_s: float = 200) -> None:
+def wait_for(path: Path, timeout_s: float = 1800) -> None:
     """Until `path` exists."""
     deadline = time.monotonic() + timeout_s
     while not path.exists():
@@ -158,7 +158,7 @@ def kill_group(process: Child) -> None:
 def run(
     count: int,
     args: list[object] | Callable[[int], list[object]],
-    timeout_s: float = 300,
+    timeout_s: float = 1800,
     prepare: Callable[[], None] | None = None,
     **env: str,
 ) -> list[Finished]:
