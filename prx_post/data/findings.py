@@ -9,7 +9,7 @@ SHOWN_SIZES = 6
 
 
 def describe(name: str, images: str, samples: Sequence[Sample], notes: Iterable[str], max_tokens: int) -> str:
-    """One line: images and their sizes in training, and what is done to some of them or to their captions.
+    """One line: images and their sizes in training, width x height, and what is done to some of them or to their captions.
 
     Args:
         images: how many of what they are, such as "12 images".
@@ -38,7 +38,7 @@ def _sizes(samples: Sequence[Sample]) -> str:
     counts = Counter(sample.size for sample in samples).most_common()
     if len(counts) == 1:
         (height, width), _ = counts[0]
-        return f"all {height}x{width}"
-    shown = [f"{count} {height}x{width}" for (height, width), count in counts[:SHOWN_SIZES]]
+        return f"all {width}x{height}"
+    shown = [f"{count} {width}x{height}" for (height, width), count in counts[:SHOWN_SIZES]]
     rest = len(counts) - SHOWN_SIZES
     return ", ".join([*shown, *([f"and {rest} more sizes"] if rest > 0 else [])])

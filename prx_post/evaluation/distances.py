@@ -5,15 +5,17 @@ first, the distance: see docs/evaluation.md.
 """
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from prx_post.evaluation.metrics import MIN_CLUSTERS, Z_95, Estimate, mean_estimate
+from prx_post.evaluation.metrics import MIN_CLUSTERS, Z_95, Estimate, mean_estimate, paired_difference
 
 RESAMPLES = 100
 MAX_RESAMPLED_WIDTH = 512
 """Wider features (InceptionV3's 2,048) get a Fréchet distance without an interval: each resample would take seconds."""
 MMD_SIGMA, MMD_SCALE = 10.0, 1000.0
+BLOCK = 1000
 
 
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
@@ -28,22 +30,53 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root_trace)
 
 
-def frechet_estimate(features: np.ndarray, reference: np.ndarray, *, seed: int = 0) -> Estimate:
-    """Fréchet distance to a reference, ± 1.96 bootstrap standard deviations.
+@dataclass(frozen=True)
+class Resampled:
+    """A distance of a set of images, and those of its resamples, which draw the same places of every set of as many.
 
-    Not the percentile interval: resampling repeats images, which alone raises the distance. For the same reason,
-    compare distances of equally many images only.
+    Its interval is ± 1.96 standard deviations of these, not their percentiles: resampling repeats images, which alone
+    raises a distance. For the same reason, compare distances of equally many images only.
     """
+
+    value: float
+    draws: np.ndarray
+    """[RESAMPLES]; empty where an interval would say nothing, or takes too long."""
+
+    def estimate(self) -> Estimate:
+        made = _plus_minus(self.value, self.draws)
+        return made if made.low is None else replace(made, low=max(0.0, made.low))
+
+    def minus(self, first: "Resampled") -> Estimate:
+        """The difference to another set, of the same prompts and noise."""
+        return _plus_minus(self.value - first.value, self.draws - first.draws)
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """How unlike each other one prompt's images are, by prompt, [P]."""
+
+    values: np.ndarray
+
+    def estimate(self) -> Estimate:
+        return mean_estimate(self.values)
+
+    def minus(self, first: "Spreads") -> Estimate:
+        """The difference to another set, of the same prompts and noise."""
+        return paired_difference(first.values, self.values)
+
+
+def frechet(features: np.ndarray, reference: np.ndarray, *, seed: int = 0) -> Resampled:
+    """Fréchet distance to a reference."""
     value = frechet_distance(features, reference)
     if features.shape[1] > MAX_RESAMPLED_WIDTH or len(features) < MIN_CLUSTERS:
-        return Estimate(value)
+        return Resampled(value, np.zeros(0))
     rng = np.random.default_rng(seed)
     draws = [features[rng.integers(len(features), size=len(features))] for _ in range(RESAMPLES)]
-    return _plus_minus(value, [frechet_distance(draw, reference) for draw in draws])
+    return Resampled(value, np.array([frechet_distance(draw, reference) for draw in draws]))
 
 
-def mmd_estimate(features: np.ndarray, reference: np.ndarray, *, seed: int = 0) -> Estimate:
-    """Squared maximum mean discrepancy to a reference, × 1000, ± 1.96 bootstrap standard deviations.
+def mmd(features: np.ndarray, reference: np.ndarray, *, seed: int = 0) -> Resampled:
+    """Squared maximum mean discrepancy to a reference, × 1000.
 
     CMMD's estimator (Jayasumana et al. 2024, eq. 4, and their published code): Gaussian kernel of width 10 on
     normalised features, means over all pairs, an image with itself included.
@@ -51,19 +84,24 @@ def mmd_estimate(features: np.ndarray, reference: np.ndarray, *, seed: int = 0) 
     Args:
         features, reference: [N, D] and [M, D], each row of length 1.
     """
-    within, across = _kernel(features, features), _kernel(features, reference).mean(1)
-    of_reference = _kernel(reference, reference).mean()
-
-    def distance(weights: np.ndarray) -> float:
-        return MMD_SCALE * float(weights @ within @ weights + of_reference - 2 * weights @ across)
-
     count = len(features)
-    value = distance(np.full(count, 1 / count))
-    if count < MIN_CLUSTERS:
-        return Estimate(value)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
-    return _plus_minus(value, [distance(weights) for weights in draws])
+    even = np.full((1, count), 1 / count)
+    drawn = (
+        np.random.default_rng(seed).multinomial(count, even[0], size=RESAMPLES if count >= MIN_CLUSTERS else 0) / count
+    )
+    weights = np.concatenate([even, drawn])  # a row for the value, and one for each draw
+    of_reference = sum(_kernel(part, reference).sum() for part in _blocks(reference)) / len(reference) ** 2
+    within, across = np.zeros(len(weights)), np.zeros(len(weights))
+    for part, own in zip(_blocks(features), _blocks(weights.T), strict=True):
+        within += np.einsum("bd,bd->d", own, _kernel(part, features) @ weights.T)
+        across += own.T @ _kernel(part, reference).mean(1)
+    values = MMD_SCALE * (within + of_reference - 2 * across)
+    return Resampled(float(values[0]), values[1:])
+
+
+def _blocks(rows: np.ndarray) -> list[np.ndarray]:
+    """So that a kernel of tens of thousands of images need not be in memory whole."""
+    return [rows[first : first + BLOCK] for first in range(0, len(rows), BLOCK)]
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -72,13 +110,15 @@ def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.exp(-squared / (2 * MMD_SIGMA**2))
 
 
-def _plus_minus(value: float, draws: Sequence[float]) -> Estimate:
+def _plus_minus(value: float, draws: np.ndarray) -> Estimate:
+    if not len(draws):
+        return Estimate(value)
     spread = Z_95 * float(np.std(draws))
-    return Estimate(value, max(0.0, value - spread), value + spread)
+    return Estimate(value, value - spread, value + spread)
 
 
-def diversity(features: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
-    """How unlike each other one prompt's images are: 1 - cosine of their features, over all pairs, then prompts.
+def diversity(features: np.ndarray, prompts: Sequence[Hashable]) -> Spreads:
+    """How unlike each other one prompt's images are: 1 - cosine of their features, over all pairs.
 
     Args:
         features: [N, D]; prompts: of each image. Prompts with one image are left out.
@@ -94,4 +134,4 @@ def diversity(features: np.ndarray, prompts: Sequence[Hashable]) -> Estimate:
             # sum of all cosines is |sum of unit vectors|², of which `count` are images with themselves
             total = float((unit[indices].sum(0) ** 2).sum())
             spreads.append(1 - (total - count) / (count * (count - 1)))
-    return mean_estimate(np.array(spreads))
+    return Spreads(np.array(spreads))

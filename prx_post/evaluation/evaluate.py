@@ -28,7 +28,17 @@ from prx_post.evaluation.gallery import Gallery, fill
 from prx_post.evaluation.jobs import Job, read_jobs
 from prx_post.evaluation.metrics import Estimate, win_fraction
 from prx_post.evaluation.report import write_report
-from prx_post.evaluation.scoring import Scores, compare, measure, open_encoders, open_rewards, reference_paths, score
+from prx_post.evaluation.scoring import (
+    Metrics,
+    Scores,
+    check_reference,
+    compare,
+    measure,
+    open_encoders,
+    open_rewards,
+    reference_paths,
+    score,
+)
 from prx_post.evaluation.summary import Slice, slices
 from prx_post.model.text import PromptCleaner
 from prx_post.rewards.judges.config import VisionJudgeConfig
@@ -79,7 +89,7 @@ def evaluate(config: EvalConfig, judge_config: VisionJudgeConfig | None = None) 
                 gallery.claim(config)
                 print(gallery.describe())
             _say_what_is_left_out(config, galleries, jobs, applies)
-        ranks.wait()  # until the folders are there
+        check_reference(reference, ranks)  # which waits until the folders are there
         for gallery in galleries:
             fill(gallery, jobs, config, ranks)
         ranks.wait()  # until every image is there
@@ -134,7 +144,7 @@ def _summary(
     jobs: Sequence[Job],
     galleries: Sequence[Gallery],
     parts: Sequence[Slice],
-    metrics: dict[str, dict[str, Estimate]],
+    metrics: Metrics,
     applies: dict[str, list[str]],
     ranks: Ranks,
 ) -> dict[str, Any]:
@@ -151,7 +161,7 @@ def _summary(
             "width": gallery.size[1],
             "timing": gallery.timing(),
             "rewards": overall.means[spec.name],
-            "metrics": metrics[spec.name],
+            "metrics": metrics.values[spec.name],
         }
     return {
         "settings": asdict(config),
@@ -160,7 +170,10 @@ def _summary(
         "num_images": len(jobs),
         "rewards_score": applies,
         "checkpoints": checkpoints,
-        "differences": overall.differences,
+        "differences": {
+            name: {**overall.differences.get(name, {}), **of_metrics}
+            for name, of_metrics in metrics.differences.items()
+        },
         "wins": overall.wins,
         "slices": [asdict(part) for part in parts[1:]],
     }

@@ -25,6 +25,14 @@ METRICS = {
     "diversity": "facebook/dinov2-with-registers-large",
 }
 """Each metric and its usual encoder; those of the first three are what PRX's makers report with."""
+MEANINGS = {
+    "fid": "Fréchet distance between features of these images and of the reference's; lower is better",
+    "cmmd": "squared maximum mean discrepancy between CLIP embeddings of these images and of the reference's, × 1000; "
+    "lower is better",
+    "dino_mmd": "squared maximum mean discrepancy between DINOv2 embeddings of these images and of the reference's, × "
+    "1000; lower is better",
+    "diversity": "how unlike each other one prompt's images are: 1 - cosine of their features",
+}
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """Its name ends in the first digits of its SHA-256."""

@@ -320,7 +320,7 @@ class ImageMonitor:
         if self._encoder is not None:
             features = np.concatenate([part for _, _, part, _ in parts if part is not None])[order]
             precise = features.astype(np.float64)
-            metrics["diversity"] = diversity(precise, [job.prompt for job in jobs]).value
+            metrics["diversity"] = diversity(precise, [job.prompt for job in jobs]).estimate().value
             if reference is not None and reference.features is not None:
                 metrics["fid"] = frechet_distance(precise, reference.features.astype(np.float64))
         shown = {i: image for *_, some in parts for i, image in some.items()}

@@ -12,10 +12,12 @@ from PIL import Image
 
 from prx_post.base.files import write_bytes
 from prx_post.evaluation import charts
+from prx_post.evaluation.features import MEANINGS, NEEDS_REFERENCE
 from prx_post.evaluation.gallery import Gallery
 from prx_post.evaluation.jobs import Job
 from prx_post.evaluation.scoring import Scores
 from prx_post.evaluation.summary import KINDS, Slice
+from prx_post.rewards.registry import RewardSpec, meaning
 
 GRID_ROWS = 24
 EXTREME_ROWS = 8
@@ -53,6 +55,7 @@ def write_report(
     """
     names = [gallery.spec.name for gallery in galleries]
     rewards = list(scores[names[0]])
+    specs = [(text, RewardSpec.parse(text)) for text in summary["settings"]["rewards"]]
     tables = [(title, [part for part in parts if part.kind == kind]) for kind, title in KINDS.items()]
     series, quality = charts.quality_charts(summary)
     page = (
@@ -63,6 +66,8 @@ def write_report(
             names=names,
             rewards=rewards,
             metrics=list(summary["checkpoints"][names[0]]["metrics"]),
+            meanings={**{spec.label: meaning(text) for text, spec in specs}, **MEANINGS},
+            lower_is_better=NEEDS_REFERENCE,
             overall=parts[0],
             tables=[(title, part) for title, part in tables if part],
             quality=quality,
@@ -136,11 +141,18 @@ def _row(job: Job, index: int, galleries: Sequence[Gallery], scores: Scores, ran
     for gallery in galleries:
         name = gallery.spec.name
         value = float(scores[name][ranking][index]) if ranking else float("nan")
+        known = {reward: float(of[index]) for reward, of in scores[name].items() if np.isfinite(of[index])}
         cells.append(
-            {"uri": data_uri(gallery.image(job)), "score": value if np.isfinite(value) else None, "name": name}
+            {
+                "uri": data_uri(gallery.image(job)),
+                "file": gallery.path(job).relative_to(gallery.output_dir).as_posix(),
+                "score": value if np.isfinite(value) else None,
+                "scores": ", ".join(f"{reward} {value:.3f}" for reward, value in known.items()),
+                "name": name,
+            }
         )
     labels = [job.slices["group"], job.slices["language"], f"{job.prompt_set} {job.index}", f"seed {job.seed}"]
-    return {"prompt": job.prompt, "labels": [label for label in labels if label], "cells": cells}
+    return {"prompt": job.prompt, "seed": job.seed, "labels": [label for label in labels if label], "cells": cells}
 
 
 def _strips(jobs: Sequence[Job], galleries: Sequence[Gallery]) -> list[dict[str, Any]]:

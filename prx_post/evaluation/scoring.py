@@ -1,7 +1,10 @@
 """Scores and features of an evaluation's images."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +15,7 @@ from prx_post.base.errors import PrxPostError
 from prx_post.base.ranks import Ranks
 from prx_post.data.images import decode
 from prx_post.evaluation.config import EvalConfig
-from prx_post.evaluation.distances import diversity, frechet_estimate, mmd_estimate
+from prx_post.evaluation.distances import Resampled, Spreads, diversity, frechet, mmd
 from prx_post.evaluation.features import NEEDS_REFERENCE, Encoder, MetricSpec, encode, open_encoder
 from prx_post.evaluation.gallery import Gallery
 from prx_post.evaluation.jobs import Job
@@ -29,6 +32,15 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 Scores = dict[str, dict[str, np.ndarray]]
 """checkpoint -> reward -> [N], NaN for images of prompt sets that the reward does not score"""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Of checkpoints by name, metrics by name."""
+
+    values: dict[str, dict[str, Estimate]]
+    differences: dict[str, dict[str, Estimate]]
+    """Of each later checkpoint to the first."""
 
 
 def open_rewards(config: EvalConfig, jobs: Sequence[Job]) -> tuple[dict[str, Reward], dict[str, list[str]]]:
@@ -118,7 +130,7 @@ def compare(
 
 
 def reference_paths(config: EvalConfig) -> list[Path]:
-    """Images under `reference_dir`. Raises PrxPostError if there are fewer than two."""
+    """Images under `reference_dir`, unread. Raises PrxPostError if there are fewer than two."""
     if config.reference_dir is None:
         return []
     folder = Path(config.reference_dir).expanduser()
@@ -129,6 +141,17 @@ def reference_paths(config: EvalConfig) -> list[Path]:
             f"because distributions are compared. Check the path, or leave it out."
         )
     return paths
+
+
+def check_reference(paths: Sequence[Path], ranks: Ranks) -> None:
+    """Decode every image, each rank its part: raises PrxPostError on all of them, naming one that cannot be read."""
+
+    def decode_own() -> None:
+        own = ranks.share(paths)
+        for path in tqdm(own, desc="reading reference_dir", unit="image", leave=False, disable=ranks.hides_progress):
+            _image(path)
+
+    ranks.together(decode_own)
 
 
 def open_encoders(config: EvalConfig) -> dict[str, Encoder]:
@@ -145,29 +168,49 @@ def measure(
     config: EvalConfig,
     encoders: dict[str, Encoder],
     ranks: Ranks,
-) -> dict[str, dict[str, Estimate]]:
-    """Every metric of every checkpoint: checkpoint -> metric -> estimate."""
-    specs = config.metric_specs()
-    found: dict[str, dict[str, Estimate]] = {gallery.spec.name: {} for gallery in galleries}
-    for name in list(encoders):
-        encoder = encoders.pop(name)
-        wanted = [spec for spec in specs if spec.encoder == name]
+) -> Metrics:
+    """Every metric of every checkpoint, and the differences of the later ones to the first."""
+    specs, names = config.metric_specs(), [gallery.spec.name for gallery in galleries]
+    found: dict[str, dict[str, Estimate]] = {name: {} for name in names}
+    differences: dict[str, dict[str, Estimate]] = {name: {} for name in names[1:]}
+    for encoder_name in list(encoders):
+        encoder = encoders.pop(encoder_name)
+        wanted = [spec for spec in specs if spec.encoder == encoder_name]
         compares = any(spec.metric in NEEDS_REFERENCE for spec in wanted)
         real = _features(encoder, reference, ranks) if compares else None
+        first: dict[str, Any] = {}
         for gallery in galleries:
             features = _features(encoder, [gallery.path(job) for job in jobs], ranks)
             for spec in wanted:
-                found[gallery.spec.name][spec.metric] = _estimate(spec, features, real, jobs)
-    return {name: {spec.metric: estimates[spec.metric] for spec in specs} for name, estimates in found.items()}
+                made = ranks.on_main(partial(_measured, spec, features, real, jobs))
+                found[gallery.spec.name][spec.metric] = made.estimate()
+                start = first.setdefault(spec.metric, made)
+                if gallery.spec.name in differences:
+                    differences[gallery.spec.name][spec.metric] = made.minus(start)
+        if ranks.is_main and real is not None and any(spec.metric == "fid" for spec in wanted):
+            _warn_of_few(len(jobs), *real.shape)
+    in_order = [spec.metric for spec in specs]
+    return Metrics(*({n: {m: of[m] for m in in_order} for n, of in part.items()} for part in (found, differences)))
 
 
-def _estimate(spec: MetricSpec, features: np.ndarray, real: np.ndarray | None, jobs: Sequence[Job]) -> Estimate:
+def _warn_of_few(images: int, references: int, width: int) -> None:
+    """The rank of a covariance is below its width where there are not more images."""
+    if min(images, references) <= width:
+        print(
+            f"warning: fid fits Gaussians to {width} features from {images} images and {references} of the reference. "
+            f"With fewer images than features it comes out too high; compare it only with figures of as many."
+        )
+
+
+def _measured(
+    spec: MetricSpec, features: np.ndarray, real: np.ndarray | None, jobs: Sequence[Job]
+) -> Resampled | Spreads:
     if spec.metric == "diversity":
         return diversity(features, [(job.prompt_set, job.index) for job in jobs])
     assert real is not None  # a reference was required
     if spec.metric == "fid":
-        return frechet_estimate(features.astype(np.float64), real.astype(np.float64))
-    return mmd_estimate(_unit(features), _unit(real))
+        return frechet(features.astype(np.float64), real.astype(np.float64))
+    return mmd(_unit(features), _unit(real))
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

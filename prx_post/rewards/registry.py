@@ -38,6 +38,31 @@ REGISTRY = {
     "aesthetic": Entry("prx_post.rewards.scorers.aesthetic", "Aesthetic", has_weights=True),
 }
 
+MEANINGS = {
+    "ocr": "1 - edit distance between what OCR reads and the text asked for, over its length: 1 is exact",
+    "ocr_exact": "whether OCR reads exactly the text asked for",
+    "ocr_graded": "log-probability that OCR gives the text asked for, per character: 0 is certain",
+    "ocr_probability": "probability that OCR gives the text asked for, per character",
+    "judge_exact": "whether the embedded judge reads exactly the number asked for",
+    "judge_graded": "log-probability that the embedded judge gives the number asked for, per character: 0 is certain",
+    "jpeg_compressibility": "minus the size as a JPEG of quality 95, kB",
+    "clip_score": "100 times the cosine of image and prompt in CLIP ViT-L/14",
+    "pickscore": "how people would prefer the image for the prompt, by CLIP ViT-H/14 tuned on Pick-a-Pic",
+    "hpsv2": "how people would prefer the image for the prompt, by CLIP ViT-H/14 tuned on HPDv2; about 0.2 to 0.4",
+    "image_reward": "how people would rate the image for the prompt, about -2 to 2",
+    "aesthetic": "how people would rate the image, 1 to 10, whatever the prompt",
+}
+"""What their scores are."""
+
+
+def meaning(text: str) -> str:
+    """What a reward's scores are, by how it is written in a configuration."""
+    spec = RewardSpec.parse(text)
+    if spec.target in REGISTRY:
+        return MEANINGS[spec.target]
+    return f"what {spec.target} gives"
+
+
 LEFT_OUT = {
     "mps": "its weights are published as a pickle of the whole module, which runs code of its own when it is loaded. "
     "Use pickscore or hpsv2, or serve it from a process that you trust with that and name its http:// address",

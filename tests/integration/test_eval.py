@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -65,6 +66,17 @@ def test_results_hold_every_reward_and_metric_with_an_interval_overall_and_by_gr
     assert results["versions"]["torch"].startswith("2.")
     assert plain["timing"]["images_per_second"] > 0
     assert plain["timing"]["images_per_second"] * plain["timing"]["seconds_per_image"] == pytest.approx(1, rel=0.02)
+
+
+def test_distances_are_compared_pair_by_pair_too(evaluated):
+    _, results = evaluated
+    differences, checkpoints = results["differences"], results["checkpoints"]
+    for metric in ("fid", "diversity"):
+        same, rough = (differences[name][metric] for name in ("same", "rough"))
+        assert [same["value"], same["low"], same["high"]] == [0, 0, 0]
+        values = [checkpoints[name]["metrics"][metric]["value"] for name in ("rough", "plain")]
+        assert rough["value"] == pytest.approx(values[0] - values[1])
+        assert rough["low"] < rough["value"] < rough["high"]
 
 
 def test_a_checkpoint_against_itself_on_the_same_noise_differs_by_nothing(evaluated):
@@ -263,9 +275,10 @@ def test_a_checkpoints_settings_follow_a_question_mark():
 def test_the_report_is_one_file_that_fetches_nothing_and_escapes_prompts(evaluated):
     out, _ = evaluated
     page = (out / "report.html").read_text()
-    assert not re.search(r'(src|href)\s*=\s*"(?!data:)', page)
+    assert not re.search(r'src\s*=\s*"(?!data:)', page)
+    assert all((out / link).is_file() for link in re.findall(r'href="(.*?)"', page))
     assert "http" not in page
-    assert "<script" not in page
+    assert page.count("<script") == 1  # its own
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "plain against same against rough" in page
 
@@ -293,6 +306,16 @@ def test_bad_input_is_refused_before_anything_is_drawn(world, tmp_path, more, me
     with pytest.raises(PrxPostError, match=message):
         evaluate.run(flags(world, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_reference_image_is_named_before_anything_is_drawn(world, tmp_path):
+    shutil.copytree(world / "reference", tmp_path / "reference")
+    first, *_ = sorted((tmp_path / "reference").glob("**/*.png"))
+    first.write_bytes(first.read_bytes()[:-40])  # whole as far as its header goes
+    more = ("--checkpoints", "tiny", "--metrics", "fid=judge", "--reference_dir", tmp_path / "reference")
+    with pytest.raises(PrxPostError, match=f"{first.name} cannot be read as an image"):
+        evaluate.run(flags(world, tmp_path / "out", *more))
+    assert not list((tmp_path / "out" / "images").glob("**/*.png"))
 
 
 @pytest.mark.parametrize("text", ["", "not json\n", '{"text": "no prompt"}\n', '"just a string"\n'])

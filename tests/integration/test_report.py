@@ -52,7 +52,77 @@ def test_the_headline_shows_the_results(report, tmp_path):
             low, high = (float(end) for end in interval.strip("[]").split(", "))
             assert (low, high) == pytest.approx((estimate["low"], estimate["high"]), abs=5e-4)
         steps = result["num_inference_steps"]
-        assert row[4:7] == [str(steps), "3.0", str(2 * steps)]
+        assert row[4:8] == ["64×32", str(steps), "3.0", str(2 * steps)]
+
+
+def test_the_differences_hold_the_metrics_and_columns_say_what_they_are(report, tmp_path):
+    page, results = report
+    seen = browser.ask(
+        page,
+        """const cells = (selector) => [...page.querySelectorAll(selector)];
+        return {
+          titles: Object.fromEntries(cells('#headline th[title]').map(h => [h.innerText, h.title])),
+          meanings: Object.fromEntries(cells('#headline dt').map(t => [t.textContent, t.nextSibling.textContent])),
+          differences: cells('#differences tr').map(r => [...r.cells].map(c => c.innerText.split('\\n')[0])),
+        };""",
+        *(1200, 900, tmp_path),
+    )
+    assert seen["titles"]["ocr_exact"] == "whether OCR reads exactly the text asked for"
+    assert "1 - cosine" in seen["titles"]["diversity"]
+    assert seen["meanings"].items() <= seen["titles"].items()
+    heads, (name, *values) = seen["differences"]
+    assert (heads, name) == (["checkpoint", "ocr_exact", "ocr_graded", "diversity"], "rough")
+    checkpoints = results["checkpoints"].values()
+    for shown, key in zip(values, heads[1:], strict=True):
+        plain, rough = ({**c["rewards"], **c["metrics"]}[key]["value"] for c in checkpoints)
+        assert float(shown) == pytest.approx(rough - plain, abs=6e-4)
+
+
+def test_an_image_opens_large_with_its_prompt_seed_and_scores(report, tmp_path):
+    page, _ = report
+    seen = browser.ask(
+        page,
+        """const figure = [...page.querySelectorAll('figure')].find(f => f.innerText.startsWith('"7"'));
+        const link = figure.querySelectorAll('a[data-about]')[1], large = page.getElementById('large');
+        link.click();
+        const opened = large.open;
+        const answer = {
+          href: link.getAttribute('href'), src: large.querySelector('img').getAttribute('src'),
+          text: [...large.querySelectorAll('p')].map(p => p.textContent), opened,
+          title: page.title,
+        };
+        large.click();
+        return {...answer, closed: !large.open};""",
+        *(1200, 900, tmp_path),
+    )
+    assert seen["opened"]
+    assert seen["closed"]
+    assert seen["src"].endswith(seen["href"])
+    assert (page.parent / seen["href"]).is_file()
+    prompt, about = seen["text"]
+    assert prompt.strip() == HOSTILE
+    assert about.startswith("rough, seed 0: ocr_exact ")
+    assert "ocr_graded -" in about
+    assert seen["title"] != "owned"
+
+
+def test_a_click_on_a_heading_sorts_the_table(report, tmp_path):
+    page, _ = report
+    seen = browser.ask(
+        page,
+        """const table = page.querySelector('.slices table'), head = table.rows[0].cells[2];
+        const column = () => [...table.rows].slice(1).map(r => parseFloat(r.cells[2].innerText));
+        head.click();
+        const falling = column();
+        head.click();
+        return {falling, rising: column(), sort: head.getAttribute('aria-sort')};""",
+        *(1200, 900, tmp_path),
+    )
+    known = [value for value in seen["falling"] if value is not None]
+    assert known == sorted(known, reverse=True)
+    assert len(set(known)) > 1
+    assert [value for value in seen["rising"] if value is not None] == sorted(known)
+    assert seen["sort"] == "ascending"
 
 
 def test_every_image_shows_and_every_part_is_there(report, tmp_path):
@@ -138,7 +208,7 @@ def test_what_a_prompt_says_is_shown_and_not_run(report, tmp_path):
         *(1200, 900, tmp_path),
     )
     assert seen["title"] == "prx-post evaluation: plain against rough"
-    assert (seen["scripts"], seen["handlers"]) == (0, 0)
+    assert (seen["scripts"], seen["handlers"]) == (1, 0)  # the script is the page's own
     assert HOSTILE in seen["text"]
 
 

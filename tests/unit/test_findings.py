@@ -33,7 +33,7 @@ def line_of(rows, pipeline, height=32, width=64):
 
 def test_a_set_with_nothing_to_say_is_short(tmp_path, pipeline):
     assert line_of(folder_of(tmp_path, [("12", (64, 32)), ("13", (64, 32))]), pipeline) == (
-        "set: 2 images, all 32x64",
+        "set: 2 images, all 64x32",
         [],
     )
 
@@ -52,7 +52,7 @@ def test_everything_that_is_done_to_images_and_captions_is_said(tmp_path, pipeli
     line, bad = line_of(rows, pipeline)
     assert not bad
     assert line == (
-        "set: 5 images, all 32x64; 1 text without an image (such as notes.txt); 2 images smaller than that and "
+        "set: 5 images, all 64x32; 1 text without an image (such as notes.txt); 2 images smaller than that and "
         "enlarged; 1 caption changed by cleaning; 1 caption longer than 24 tokens and cut there"
     )
 

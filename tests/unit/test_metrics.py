@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prx_post.evaluation.distances import diversity, frechet_distance, frechet_estimate, mmd_estimate
+from prx_post.evaluation import distances
+from prx_post.evaluation.distances import diversity, frechet, frechet_distance, mmd
 from prx_post.evaluation.metrics import Estimate, mean_estimate, paired_difference, wilson_interval, win_rate
 
 
@@ -25,7 +26,7 @@ def test_frechet_distance_of_rotated_gaussians_equals_the_closed_form():
 def test_frechet_interval_contains_the_value_and_shrinks_with_more_images():
     rng = np.random.default_rng(0)
     reference = rng.normal(size=(1000, 4))
-    few, many = (frechet_estimate(rng.normal(0.5, 1, size=(n, 4)), reference) for n in (100, 4000))
+    few, many = (frechet(rng.normal(0.5, 1, size=(n, 4)), reference).estimate() for n in (100, 4000))
     assert few.low <= few.value <= few.high
     assert few.high - few.low > 3 * (many.high - many.low)
 
@@ -134,25 +135,35 @@ def test_mmd_is_the_double_sum_of_its_definition():
         return total / (len(x) * len(y))
 
     expected = 1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b))
-    estimate = mmd_estimate(a, b)
+    estimate = mmd(a, b).estimate()
     assert estimate.value == pytest.approx(expected, rel=1e-6)
     assert estimate.low < estimate.value < estimate.high
-    assert mmd_estimate(a, a).value == pytest.approx(0.0, abs=1e-9)
+    assert mmd(a, a).value == pytest.approx(0.0, abs=1e-9)
 
 
 def test_mmd_of_two_opposite_points_by_hand():
     # |a - b|² = 4, so 1000·(1 + 1 - 2·exp(-4/200)) = 2000·(1 - exp(-0.02)) = 39.6027
-    assert mmd_estimate(np.array([[1.0, 0.0]]), np.array([[-1.0, 0.0]])).value == pytest.approx(39.6027, abs=1e-3)
+    assert mmd(np.array([[1.0, 0.0]]), np.array([[-1.0, 0.0]])).value == pytest.approx(39.6027, abs=1e-3)
 
 
 def test_diversity_is_the_mean_cosine_distance_within_a_prompt():
     # prompt a: 0° and 90° (distance 1); b: 0°, 180°, 0° (pairs 2, 0, 2: mean 4/3); c has one image
     features = np.array([[1, 0], [0, 2], [1, 0], [-3, 0], [1, 0], [0, 1]], float)
-    assert diversity(features, ["a", "a", "b", "b", "b", "c"]).value == pytest.approx((1 + 4 / 3) / 2)
-    assert diversity(np.ones((6, 2)), ["a", "a", "b", "b", "b", "c"]).value == pytest.approx(0.0, abs=1e-12)
+    assert diversity(features, ["a", "a", "b", "b", "b", "c"]).estimate().value == pytest.approx((1 + 4 / 3) / 2)
+    assert diversity(np.ones((6, 2)), ["a", "a", "b", "b", "b", "c"]).estimate().value == pytest.approx(0.0, abs=1e-12)
 
 
 def test_wide_features_get_a_distance_without_an_interval():
     rng = np.random.default_rng(0)
-    estimate = frechet_estimate(rng.normal(size=(20, 600)), rng.normal(size=(20, 600)))
+    estimate = frechet(rng.normal(size=(20, 600)), rng.normal(size=(20, 600))).estimate()
     assert estimate.low is None
+
+
+def test_mmd_in_blocks_is_mmd_of_the_whole(monkeypatch):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(25, 4)), rng.normal(size=(18, 4))
+    whole = mmd(a, b).estimate()
+    monkeypatch.setattr(distances, "BLOCK", 7)
+    parts = mmd(a, b).estimate()
+    assert [parts.value, parts.low, parts.high] == pytest.approx([whole.value, whole.low, whole.high], rel=1e-9)
+    assert whole.low < whole.value < whole.high
