@@ -21,6 +21,8 @@ ELSEWHERE = {
     "gradient_accumulation": "gradient_accumulation_steps",
     "max_train_steps": "max_steps",
     "num_steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
     "lr_scheduler": "lr_scheduler_type",
     "lr_warmup_steps": "warmup_steps",
     "warmup": "warmup_steps",
@@ -57,8 +59,6 @@ ELSEWHERE = {
 SHOWN = ("help", "print_config", "print_schema")
 """Flags that show something instead of running."""
 INSTEAD = {
-    "num_train_epochs": "a run's length is max_steps, optimizer steps",
-    "epochs": "a run's length is max_steps, optimizer steps",
     "mixed_precision": "set bf16: true; fp16 is not supported",
     "fp16": "set bf16: true; fp16 is not supported",
     "resolution": "set height and width, or neither for aspect buckets",

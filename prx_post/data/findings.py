@@ -9,7 +9,7 @@ SHOWN_SIZES = 6
 
 
 def describe(name: str, images: str, samples: Sequence[Sample], notes: Iterable[str], max_tokens: int) -> str:
-    """One line: images and their sizes in training, width x height, and what is done to some of them or to their captions.
+    """One line: images and their sizes in training, width x height, and what is done to some images or captions.
 
     Args:
         images: how many of what they are, such as "12 images".

@@ -40,6 +40,9 @@ class TrainConfig:
         group="saving",
     )
     max_steps: int = doc("Optimizer steps.", 1000, above=0)
+    num_train_epochs: float | None = doc(
+        "Passes over the data; if given, max_steps follows from it, and what is set there is not used.", None, above=0
+    )
     per_device_train_batch_size: int = doc("Samples per device and micro-batch.", 8, above=0, resume="free")
     gradient_accumulation_steps: int = doc("Micro-batches per optimizer step.", 1, above=0, resume="free")
     learning_rate: float = doc("Peak learning rate.", 1e-5, above=0)

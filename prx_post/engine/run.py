@@ -1,5 +1,6 @@
 """A run's folder and processes: claimed, resumed or found finished, and let go of at the end."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -85,6 +86,13 @@ class Run:
         config = self.config
         return config.per_device_train_batch_size * self.ranks.world * config.gradient_accumulation_steps
 
+    def set_length(self, steps_per_epoch: float) -> None:
+        """Have num_train_epochs, if it is given, say how many steps the run has."""
+        config = self.config
+        if config.num_train_epochs is not None:
+            config.max_steps = max(1, math.ceil(config.num_train_epochs * steps_per_epoch - 1e-6))
+        self.settings["max_steps"] = config.max_steps
+
     def transformer(self, pipeline: Any, dtype: torch.dtype = torch.float32) -> Any:
         """The network of a `PipelineFolder`, loaded; `prx-post plan` gives one without values in its place."""
         return pipeline.load_transformer(dtype)
@@ -120,6 +128,8 @@ def open_run(config: TrainConfig, settings: dict[str, Any], rules: dict[str, Rul
     config.settle(int(os.environ.get("WORLD_SIZE", "1")))
     changed_batch = _keep_global_batch(config)
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+    if config.num_train_epochs is not None:
+        del settings["max_steps"]  # which is known when the data are
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     folder, lock = config.folder, None
@@ -183,21 +193,22 @@ def _goes_on(config: TrainConfig, folder: Path) -> bool:
             f"resume_from_checkpoint is {config.resume_from_checkpoint!r}, but the run in {folder} has finished, and "
             f"its pipeline is not overwritten. Move {folder / FINAL} away, or choose another output_dir."
         )
-    made = _steps_of(folder)
-    if made is None or config.max_steps <= made:
+    name = "max_steps" if config.num_train_epochs is None else "num_train_epochs"
+    asked, made = getattr(config, name), _settings_of(folder).get(name)
+    if made is None or asked <= made:
         return False
     if not checkpoints(folder):
         raise PrxPostError(
-            f"max_steps is {config.max_steps}, but the run in {folder} has finished with {made} and has no checkpoint "
-            f"to go on from (save_steps). Start a new run from its pipeline."
+            f"{name} is {asked}, but the run in {folder} has finished with {made} and has no checkpoint to go on from "
+            f"(save_steps). Start a new run from its pipeline."
         )
     return True
 
 
-def _steps_of(folder: Path) -> int | None:
-    """How many steps a run was to make; None if it does not say."""
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """A run's, as far as it says."""
     path = folder / CONFIG
-    return yaml.safe_load(path.read_text()).get("max_steps") if path.is_file() else None
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
 
 
 def _check_shared(config: TrainConfig, ranks: Ranks, patience_s: float = 10.0) -> None:

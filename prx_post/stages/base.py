@@ -149,6 +149,9 @@ class PipelineStage:
         """The network in training, with what is to be trained unfrozen."""
         return make_trainable(run.transformer(self.pipeline), self.model, self.config)
 
+    def steps_per_epoch(self, run: Run, data: Encoded) -> float:
+        return len(data.samples) / run.global_batch_size
+
     def identity(self, run: Run, data: Encoded) -> dict[str, str]:
         """Writes samples.jsonl, a line per sample."""
         return {

@@ -55,6 +55,9 @@ class Stage(Protocol):
     def identity(self, run: "Run", data: Any) -> dict[str, str]:
         """Digests of what the run depends on. Raises PrxPostError if a run is resumed with others."""
 
+    def steps_per_epoch(self, run: "Run", data: Any) -> float:
+        """Optimizer steps in which everything is trained on once."""
+
     def objective(self, run: "Run", data: Any) -> "Objective": ...
 
     def source(self, run: "Run", data: Any, objective: "Objective") -> "Source": ...

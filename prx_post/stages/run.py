@@ -9,6 +9,7 @@ from prx_post.base.settings import rules_of
 from prx_post.engine.run import Run, open_run
 from prx_post.engine.tracking import RunLog, check_trackers
 from prx_post.engine.trainer import Trainer
+from prx_post.stages.banner import banner
 from prx_post.stages.registry import Stage, find
 
 
@@ -47,6 +48,8 @@ def _prepare(stage: Stage, run: Run) -> tuple[Trainer, Any]:
             f"output_dir, and start from the pipeline that the other stage emits."
         )
     data = stage.data(run)
+    steps_per_epoch = stage.steps_per_epoch(run, data)
+    run.set_length(steps_per_epoch)
     identity = {"stage": stage.name, **stage.identity(run, data)}
     run.seed()
     objective = stage.objective(run, data)
@@ -54,4 +57,6 @@ def _prepare(stage: Stage, run: Run) -> tuple[Trainer, Any]:
     source = stage.source(run, data, objective)
     monitor = stage.monitor(run, data, objective)
     run.log = RunLog(run)
+    if run.ranks.is_main:
+        run.log.say(banner(run, steps_per_epoch, objective))
     return Trainer(run, objective, source, monitor, run.log, identity), data

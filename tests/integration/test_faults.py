@@ -385,3 +385,35 @@ def test_a_signal_to_one_rank_stops_all_of_them_at_one_step(image_folder, warm_c
     (saved,) = checkpoints(run)
     assert "error: stopped by SIGUSR1" in finished[0].output
     checkpointing.open_checkpoint(saved).verify()
+
+
+def test_epochs_say_how_many_steps_a_run_has_also_when_it_goes_on(image_folder, warm_cache, tmp_path, capsys):
+    """Of 48 images in batches of 32: 1.5 steps each."""
+    common = {"resume_from_checkpoint": "latest", "save_steps": 1, "lr_scheduler_type": "constant"}
+    common |= {"per_device_train_batch_size": 32, "max_steps": 99}
+    run = tmp_path / "run"
+    train(*settings(image_folder, warm_cache, run, num_train_epochs=1, **common))
+    said = capsys.readouterr().out
+    assert "  steps   2, which is 1.33 epochs of 1.5 steps\n" in said
+    assert [line["step"] for line in numbers(run)] == [1, 2]
+    train(*settings(image_folder, warm_cache, run, num_train_epochs=1, **common))
+    assert "has finished: there is nothing to do" in capsys.readouterr().out
+    train(*settings(image_folder, warm_cache, run, num_train_epochs=2, **common))
+    said = capsys.readouterr().out
+    assert "the run had finished; its pipeline is kept as final-000002\n" in said
+    assert "resuming with num_train_epochs 2.0; it was 1.0\n" in said
+    assert [line["step"] for line in numbers(run)] == [1, 2, 3]
+
+
+def test_a_run_says_what_it_is_about_to_do(image_folder, warm_cache, tmp_path, capsys):
+    run = tmp_path / "run"
+    lora = {"use_peft": True, "lora_r": 4, "gradient_accumulation_steps": 2, "report_to": ["tensorboard"]}
+    train(*settings(image_folder, warm_cache, run, max_steps=2, per_device_train_batch_size=12, **lora))
+    said = capsys.readouterr().out
+    assert "  steps   2, which is 1 epoch of 2 steps\n" in said
+    (adapter,) = (run / "final-adapter").glob("*.safetensors")
+    trained, whole = (sum(v.numel() for v in tensors.values()) for tensors in (load_file(adapter), weights(run)))
+    assert f"  trains  {trained:,} of {trained + whole:,} parameters\n" in said
+    assert "  batch   24 in a step: 12 on each of 1 device, 2 times\n" in said
+    assert f"  cache   {warm_cache}\n" in said
+    assert f"  watch   tensorboard --logdir {run / 'logs'}\n" in said

@@ -169,14 +169,14 @@ def test_a_key_that_stands_twice_is_refused_by_name(tmp_path):
 
 
 def test_all_unknown_keys_are_named_at_once_by_what_they_are_called_here(tmp_path):
-    text = "lr: 1.0e-4\nbatch_size: 4\nnum_train_epochs: 3\ncaption_column: text\nwarmup_step: 5\n"
+    text = "lr: 1.0e-4\nbatch_size: 4\nepochs: 3\ncaption_column: text\nwarmup_step: 5\n"
     with pytest.raises(ConfigError) as caught:
         parse(KINDS, write(tmp_path, text), "test")
     message = str(caught.value)
     for hint in (
         "lr in .* Here it is learning_rate.",
         "batch_size in .* Here it is per_device_train_batch_size.",
-        "num_train_epochs in .* Instead: a run's length is max_steps, optimizer steps.",
+        "epochs in .*num_train_epochs",
         "caption_column in .* Here it is prompt_column.",
         r"warmup_step in .* Did you mean warmup_steps\?",
     ):

@@ -33,6 +33,8 @@ class Feed(Protocol):
 
     def data(self, run: Run) -> Encoded: ...
 
+    def steps_per_epoch(self, run: Run, data: Encoded) -> float: ...
+
     def source(self, run: Run, data: Encoded, policy: Any) -> Source: ...
 
     def example(self, batch: Batch) -> Batch:
@@ -72,6 +74,9 @@ class PairFeed:
             reference, dtype = stage.reference_pipeline, stage.text_dtype()
             self.ref_errors = ReferenceErrors(run, config, reference, source, plan, dtype, stage.cache_dir).compute()
         return data
+
+    def steps_per_epoch(self, run: Run, data: Encoded) -> float:
+        return len(self.pairs) / run.global_batch_size
 
     def source(self, run: Run, data: Encoded, policy: Any) -> PairSource:
         return pair_source(self.stage, run, self.pairs, data, self._plan(run), ref_errors=self.ref_errors)
@@ -117,6 +122,9 @@ class LabelFeed:
         told = [rows.labels[sample.row] for sample in samples]
         return Encoded(samples, rows, cache, encoders, lambda sample: rows.name(sample.row), described, told)
 
+    def steps_per_epoch(self, run: Run, data: Encoded) -> float:
+        return len(data.samples) / run.global_batch_size
+
     def source(self, run: Run, data: Encoded, policy: Any) -> LabelledSource:
         assert self.rows is not None
         config = self.config
@@ -154,6 +162,10 @@ class OnlineFeed:
         """Samples are the prompts."""
         purpose = f"ranked by {self.config.reward or 'a judge'}"
         return encode_prompt_set(self.stage, run, self.prompts, self.config.prompts_file, purpose)
+
+    def steps_per_epoch(self, run: Run, data: Encoded) -> float:
+        """Of all prompts, whatever pairs their images make."""
+        return len(data.samples) / self.config.prompts_per_round * self.config.steps_per_round
 
     def source(self, run: Run, data: Encoded, policy: Any) -> OnlinePairs:
         stage, config = self.stage, self.config

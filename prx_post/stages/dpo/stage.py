@@ -74,6 +74,9 @@ class DPO(PipelineStage):
             run.ranks.on_main(lambda: check_same_encoders(*pipelines, "reference", self.cache_dir))
         return self.feed.data(run)
 
+    def steps_per_epoch(self, run: Run, data: Encoded) -> float:
+        return self.feed.steps_per_epoch(run, data)
+
     def objective(self, run: Run, data: Any) -> ComparedWithReference:
         config, policy = self.config, self.policy(run)
         reference = build_reference(run, config, self.model, self.reference_pipeline, policy, self.text_dtype())

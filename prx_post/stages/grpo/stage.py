@@ -87,6 +87,10 @@ class GRPO(PipelineStage):
         prompts = [row["prompt"] for row in self.rows]
         return encode_prompt_set(self, run, prompts, self.prompts_file, f"rewarded by {rewards}")
 
+    def steps_per_epoch(self, run: Run, data: Encoded) -> float:
+        config = self.config
+        return len(data.samples) / config.prompts_per_rollout * config.steps_per_rollout
+
     def identity(self, run: Run, data: Encoded) -> dict[str, str]:
         """Raises PrxPostError if a run is resumed with other rewards."""
         assert self.scorer is not None
