@@ -54,15 +54,14 @@ def generate(config: GenerateConfig) -> None:
     from prx_post.data.encoders import Encoders
     from prx_post.model.checkpoint import DTYPES, load, open_pipeline
     from prx_post.model.inference import choose, describe
-    from prx_post.model.lora import merge_adapter, open_adapter
+    from prx_post.model.lora import with_adapter
     from prx_post.model.sampler import build_sampler, default_device, generate_images, png_info
     from prx_post.model.text import PromptCleaner
 
     prompts = read_prompts(config)
-    pipeline = open_pipeline(str(config.model_name_or_path), config.model_revision)
+    pipeline = with_adapter(open_pipeline(str(config.model_name_or_path), config.model_revision), config.adapter)
     chosen, own = choose(config, pipeline.inference)
     size = pipeline.resolve_size(chosen.height, chosen.width)
-    adapter = None if config.adapter is None else open_adapter(config.adapter, pipeline)
     output_dir = require_empty(config.output_dir)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
@@ -73,8 +72,6 @@ def generate(config: GenerateConfig) -> None:
     make_folder(output_dir)
     encoders = Encoders(pipeline, cleaner, device, dtype)
     checkpoint = load(pipeline, dtype)
-    if adapter is not None:
-        checkpoint.transformer = merge_adapter(checkpoint.transformer, adapter)
     sampler = build_sampler(checkpoint, size, chosen.num_inference_steps, chosen.guidance_scale, device)
 
     jobs = [(prompt, seed) for prompt in prompts for seed in config.seeds]
@@ -91,7 +88,7 @@ def generate(config: GenerateConfig) -> None:
             "height": size[0],
             "width": size[1],
             "checkpoint": config.model_name_or_path,
-            **({} if adapter is None else {"adapter": config.adapter}),
+            **({} if config.adapter is None else {"adapter": config.adapter}),
             "dtype": config.dtype,
             "skip_text_cleaning": chosen.skip_text_cleaning,
             "software": f"prx-post {__version__}",

@@ -29,7 +29,7 @@ from prx_post.flow import inference_sigmas, x0_from_velocity
 from prx_post.model.checkpoint import DTYPES, PipelineFolder, load, open_pipeline
 from prx_post.model.codec import to_images
 from prx_post.model.inference import Inference, choose, describe
-from prx_post.model.lora import merge_adapter, open_adapter
+from prx_post.model.lora import with_adapter
 from prx_post.model.sampler import Sampler, build_sampler, default_device, generate_images, png_info
 from prx_post.model.scheduler import rescheduled
 from prx_post.model.text import PromptCleaner
@@ -49,18 +49,16 @@ class Gallery:
     own: Sequence[str]
     size: tuple[int, int]
     output_dir: Path
-    adapter: Path | None = None
 
     @classmethod
     def open(cls, spec: CheckpointSpec, config: EvalConfig, output_dir: Path) -> "Gallery":
         """Raises PrxPostError for a checkpoint that is missing or cannot generate the size asked for."""
-        pipeline = open_pipeline(spec.source)
+        pipeline = with_adapter(open_pipeline(spec.source), spec.adapter)
         steps, guidance = spec.num_inference_steps, spec.guidance_scale
-        adapter = None if spec.adapter is None else open_adapter(spec.adapter, pipeline)
         asked = replace(config, num_inference_steps=steps, guidance_scale=guidance)
         settings, own = choose(asked, pipeline.inference)
         size = pipeline.resolve_size(settings.height, settings.width)
-        return cls(spec, pipeline, settings, own, size, output_dir, adapter)
+        return cls(spec, pipeline, settings, own, size, output_dir)
 
     def describe(self) -> str:
         sampler = self.spec.sampler or self.pipeline.sampler
@@ -100,8 +98,8 @@ class Gallery:
         """Note what the images are drawn with. Raises PrxPostError if some are there that were generated with else."""
         make_folder(self.folder)
         path = self.folder / "drawn.json"
-        weights = [self.pipeline.path / name for name in ("transformer", "scheduler", "vae")]
-        weights += [self.adapter] if self.adapter is not None else []
+        transformer, *adapter = self.pipeline.transformer_files
+        weights = [transformer, self.pipeline.path / "scheduler", self.pipeline.path / "vae", *adapter]
         wanted = {
             "weights": fingerprint(self.output_dir, *weights),
             "num_inference_steps": self.settings.num_inference_steps,
@@ -154,8 +152,6 @@ def fill(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, ranks: Ranks
     device, dtype = default_device(), DTYPES[config.dtype]
     encoders = Encoders(gallery.pipeline, PromptCleaner(gallery.settings.skip_text_cleaning), device, dtype)
     checkpoint = load(gallery.pipeline, dtype)
-    if gallery.adapter is not None:
-        checkpoint.transformer = merge_adapter(checkpoint.transformer, gallery.adapter)
     spec = gallery.spec
     checkpoint.scheduler = rescheduled(checkpoint.scheduler, **spec.scheduler_changes)
     steps, guidance = gallery.settings.num_inference_steps, gallery.settings.guidance_scale

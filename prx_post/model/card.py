@@ -43,8 +43,8 @@ ADAPTER_TEMPLATE = """\
 {front_matter}
 # {title}
 
-A LoRA adapter for the transformer of {base}, trained with prx-post ({stage}). The pipeline beside it, `final/`, has it
-merged already.
+A LoRA adapter for the transformer of {whole_base}, trained with prx-post ({stage}). The pipeline beside it, `final/`,
+has it merged already.
 
 ```python
 import torch
@@ -52,7 +52,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 
 pipe = DiffusionPipeline.from_pretrained("{base}")
-pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")
+{merged}pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")
 ```
 """
 
@@ -70,6 +70,8 @@ class ModelCard:
     height: int | None = None
     width: int | None = None
     skip_text_cleaning: bool = False
+    base_adapter: str | None = None
+    """A LoRA adapter that the base had merged."""
     licence: str | None = None
     """The base's; post-training does not change it."""
     example: str = "A front-facing portrait of a lion in the golden savanna at sunset"
@@ -91,7 +93,19 @@ class ModelCard:
     def render_adapter(self) -> str:
         """README.md of the adapter's folder."""
         front_matter = self._front_matter("peft")
-        return ADAPTER_TEMPLATE.format(front_matter=front_matter, title=self.title, base=self.base, stage=self.stage)
+        merged = f'pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{self.base_adapter}")'
+        return ADAPTER_TEMPLATE.format(
+            front_matter=front_matter,
+            title=self.title,
+            base=self.base,
+            whole_base=self.whole_base,
+            merged=f"{merged}.merge_and_unload()\n" if self.base_adapter else "",
+            stage=self.stage,
+        )
+
+    @property
+    def whole_base(self) -> str:
+        return f"{self.base} with the adapter {self.base_adapter} merged" if self.base_adapter else self.base
 
     def render(self) -> str:
         """README.md of the pipeline's folder."""
@@ -103,7 +117,7 @@ class ModelCard:
             title=self.title,
             summary=f"A PRX text-to-image pipeline, post-trained with prx-post ({self.stage}).",
             stage=self.stage,
-            base=self.base,
+            base=self.whole_base,
             data=self.data,
             steps=self.num_inference_steps,
             guidance=self.guidance_scale,

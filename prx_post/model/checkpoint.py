@@ -49,6 +49,13 @@ class PipelineFolder:
     configs: dict[str, dict[str, Any]]
     inference: Inference | None = None
     """How it is meant to be sampled, if it says so."""
+    adapter: Path | None = None
+    """A LoRA adapter that is merged into the transformer when it is loaded."""
+
+    @property
+    def transformer_files(self) -> list[Path]:
+        """The folders that the transformer is made of."""
+        return [self.path / "transformer", *([self.adapter] if self.adapter is not None else [])]
 
     @property
     def sampler(self) -> str:
@@ -126,7 +133,12 @@ class PipelineFolder:
         from diffusers import PRXTransformer2DModel
 
         with self._readable("transformer"):
-            return PRXTransformer2DModel.from_pretrained(self.path / "transformer", torch_dtype=dtype)
+            transformer = PRXTransformer2DModel.from_pretrained(self.path / "transformer", torch_dtype=dtype)
+        if self.adapter is None:
+            return transformer
+        from prx_post.model.lora import merge_adapter
+
+        return merge_adapter(transformer, self.adapter)
 
     def load_tokenizer(self) -> Any:
         import transformers

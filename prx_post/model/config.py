@@ -34,6 +34,9 @@ class ModelConfig:
         action="Set model_name_or_path, for example to Photoroom/prx-512-t2i",
     )
     model_revision: str | None = doc("Hub revision (branch, tag or commit) of the checkpoint.", None)
+    adapter: str | None = doc(
+        "Folder of a LoRA adapter that is merged into it first, such as an earlier run's final-adapter.", None
+    )
     use_peft: bool = doc("Train a LoRA adapter instead of every weight.", False, resume="fixed")
     lora_r: int = doc("LoRA rank.", 16, above=0, resume="fixed")
     lora_alpha: int = doc(

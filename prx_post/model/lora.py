@@ -1,5 +1,6 @@
 """LoRA adapters on a PRX transformer: attach, save, merge. peft does the work."""
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,12 +51,17 @@ def _missing_target(pipeline: PipelineFolder, targets: Iterable[str]) -> str | N
     return next((t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)), None)
 
 
-def open_adapter(path: str, pipeline: PipelineFolder) -> Path:
-    """The folder of a saved LoRA adapter that fits the pipeline's transformer; no weights are loaded.
+def with_adapter(pipeline: PipelineFolder, path: str | None) -> PipelineFolder:
+    """The pipeline, a saved LoRA adapter merged into its transformer when that is loaded; no weights are loaded now.
+
+    Args:
+        path: the adapter's folder; None: of none.
 
     Raises:
         PrxPostError: there is none, or it is for another network.
     """
+    if path is None:
+        return pipeline
     folder = Path(path).expanduser()
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config.is_file() or not weights.is_file():
@@ -77,7 +83,7 @@ def open_adapter(path: str, pipeline: PipelineFolder) -> Path:
     missing = _missing_target(pipeline, [targets] if isinstance(targets, str) else targets)
     if missing is not None:
         raise PrxPostError(f"adapter is {path!r}, which is for {missing!r}, no linear layer of {pipeline.source}.")
-    return folder
+    return dataclasses.replace(pipeline, adapter=folder)
 
 
 def merge_adapter(transformer: Any, folder: Path) -> Any:

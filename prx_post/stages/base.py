@@ -99,7 +99,8 @@ class PipelineStage:
     ) -> None:
         self.model, self.config, self.encoding, self.size = model, config, encoding, size
         self.cache_dir = Path(encoding.cache_dir).expanduser()
-        self.pipeline = open_pipeline(str(model.model_name_or_path), model.model_revision, weights=not planned)
+        pipeline = open_pipeline(str(model.model_name_or_path), model.model_revision, weights=not planned)
+        self.pipeline = lora.with_adapter(pipeline, model.adapter)
         if model.use_peft:
             lora.check_targets(self.pipeline, model.lora_target_modules)
         self.judges = Judges([], {}) if planned else Judges.open(config)
@@ -161,7 +162,7 @@ class PipelineStage:
 
     def base_digest(self) -> str:
         """Of the weights that the run depends on."""
-        return fingerprint(self.cache_dir, *(folder.path / "transformer" for folder in self.bases))
+        return fingerprint(self.cache_dir, *(part for folder in self.bases for part in folder.transformer_files))
 
     def _check_base(self, run: Run) -> str:
         """An adapter of another base would sit on weights that it was not trained with."""
@@ -237,6 +238,7 @@ class PipelineStage:
             title=title,
             stage=self.name,
             base=self.pipeline.source,
+            base_adapter=self.model.adapter,
             base_is_on_hub=self.pipeline.is_from_hub,
             data=data,
             licence=self.pipeline.licence,

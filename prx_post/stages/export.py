@@ -15,6 +15,7 @@ from prx_post.base.settings import check_fields, doc
 from prx_post.engine.checkpointing import SavedState, checkpoints, open_checkpoint
 from prx_post.engine.protocols import POLICY
 from prx_post.model.checkpoint import open_pipeline
+from prx_post.model.lora import with_adapter
 from prx_post.stages.registry import find
 
 
@@ -51,9 +52,8 @@ def export(folder: Path, output_dir: str) -> Path:
     settings: dict[str, Any] = saved.info["settings"]
     entry = find(saved.info["stage"])
     stage: Any = entry.stage()(*(_config(kind, settings) for kind in entry.configs()), planned=True)
-    stage.pipeline = open_pipeline(
-        settings["model_name_or_path"], settings["model_revision"]
-    )  # planned: without weights
+    base = open_pipeline(settings["model_name_or_path"], settings["model_revision"])  # planned: without weights
+    stage.pipeline = with_adapter(base, stage.model.adapter)
     if stage.model.use_peft and stage.base_digest() != saved.info["base"]:
         raise PrxPostError(
             f"{saved.folder} is an adapter for another transformer than {stage.pipeline.source} has now. Put the one "

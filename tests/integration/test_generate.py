@@ -185,10 +185,14 @@ def edit(folder, changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def lines_of_card(adapter):
+    card = (adapter / "README.md").read_text()
+    return card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(adapter))
+
+
 def test_the_lines_of_an_adapters_card_load_it_without_prx_post(tmp_path):
     merged = an_adapter(tmp_path / "adapter")
-    card = (tmp_path / "adapter" / "README.md").read_text()
-    lines = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "adapter"))
+    lines = lines_of_card(tmp_path / "adapter")
     weight = "base_model.model.blocks.0.attention.img_qkv_proj"
     check = f"""
 import sys

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,12 @@ from prx_post.base.ranks import ALONE
 from prx_post.data.config import DataConfig
 from prx_post.data.encoders import Encoders
 from prx_post.model.checkpoint import PipelineFolder, load
-from prx_post.model.config import ModelConfig
+from prx_post.model.config import EMBEDDED, ModelConfig
 from prx_post.model.inference import Inference
 from prx_post.stages.sft.config import SFTConfig
 from prx_post.stages.sft.objective import FlowMatchingObjective
 from tests.conftest import numbered_images
+from tests.integration.test_generate import lines_of_card
 from tests.running import train_sft as train
 
 STEPS = 4
@@ -233,6 +236,28 @@ def test_lora_emits_the_merged_pipeline_and_the_adapter(image_folder, warm_cache
     adapter = PeftModel.from_pretrained(load("tiny").transformer, tmp_path / "run" / "final-adapter")
     again = adapter.merge_and_unload().state_dict()
     assert all(torch.allclose(again[k], merged[k], atol=1e-6) for k in merged)
+
+
+def test_training_may_start_from_an_adapter_and_the_card_of_the_next_one_loads_both(image_folder, warm_cache, tmp_path):
+    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
+    train(*settings(image_folder, warm_cache, tmp_path / "one", **lora))
+    first = tmp_path / "one" / "final-adapter"
+    for name, source in (("merged", {"model_name_or_path": str(tmp_path / "one")}), ("apart", {"adapter": str(first)})):
+        train(*settings(image_folder, warm_cache, tmp_path / name, **source))
+    merged, apart = weights(tmp_path / "merged" / "final"), weights(tmp_path / "apart" / "final")
+    assert all(torch.allclose(merged[k], apart[k], atol=1e-6) for k in merged)
+    train(*settings(image_folder, warm_cache, tmp_path / "two", adapter=str(first), **lora))
+    lines = lines_of_card(tmp_path / "two" / "final-adapter").replace('"tiny"', repr(str(EMBEDDED / "base")))
+    whole = tmp_path / "whole"
+    check = "import sys\nassert 'prx_post' not in sys.modules"
+    save = f"pipe.transformer.merge_and_unload().save_pretrained({str(whole)!r})"
+    script = f"{lines}\n{check}\n{save}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again, emitted = load_file(whole / "diffusion_pytorch_model.safetensors"), weights(tmp_path / "two" / "final")
+    assert all(torch.allclose(again[k], emitted[k], atol=1e-6) for k in emitted)
+    with pytest.raises(PrxPostError, match="adapter is 'nowhere', but must be a folder with adapter_config.json"):
+        train(*settings(image_folder, warm_cache, tmp_path / "three", adapter="nowhere"))
 
 
 def test_the_velocity_loss_equals_a_calculation_by_hand(base):

@@ -79,7 +79,7 @@ def describe(config: TeacherConfig, pipeline: PipelineFolder, size: tuple[int, i
     """All that a latent depends on, besides prompt and noise."""
     cache_dir = Path(config.cache_dir).expanduser()
     return {
-        "teacher": fingerprint(cache_dir, pipeline.path / "transformer", pipeline.path / "scheduler"),
+        "teacher": fingerprint(cache_dir, *pipeline.transformer_files, pipeline.path / "scheduler"),
         "text": fingerprint(cache_dir, pipeline.path / "tokenizer", pipeline.path / "text_encoder"),
         "num_inference_steps": config.teacher_num_inference_steps,
         "guidance_scale": config.teacher_guidance_scale,

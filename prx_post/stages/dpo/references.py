@@ -112,7 +112,8 @@ class ReferenceErrors:
                         yield place, errors
 
     def _folder(self) -> Path:
-        parts = [self.pipeline.path / name for name in ("transformer", "vae", "text_encoder", "tokenizer")]
+        parts = [self.pipeline.path / name for name in ("vae", "text_encoder", "tokenizer")]
+        parts += self.pipeline.transformer_files
         made_with = {
             "reference": fingerprint(self.cache_dir, *parts),
             "dtype": str(self.dtype),
