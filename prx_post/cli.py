@@ -5,6 +5,7 @@ A stage's settings are read and checked before torch is imported, so `--help` an
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 import time
@@ -186,7 +187,15 @@ def _usage() -> str:
     return USAGE.format(commands=lines, launched=launched)
 
 
+def quieten_libraries() -> None:
+    """Off a terminal no bars of theirs, which fill a log; and not a word of DeepSpeed's that there is no GPU."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+
 def entry_point() -> None:
+    quieten_libraries()
     try:
         code = main()
     except BrokenPipeError:  # of whoever reads what is printed, such as `head`

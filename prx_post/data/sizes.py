@@ -19,12 +19,18 @@ LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Bytes of latents and embeddings. Of more than LOOKED_AT rows an estimate from those."""
+    """Bytes of latents and embeddings. Of more than LOOKED_AT rows an estimate from those.
+
+    Attributes:
+        rows: images.
+        entries: what is trained on: images, or pairs of them.
+    """
 
     rows: int
     looked_at: int
     latents: int
     embeddings: int
+    entries: int = 0
 
     @property
     def total(self) -> int:
@@ -66,7 +72,9 @@ def cache_size(
             channels, height, width = pipeline.latent_shape(*size)
             latents += torch.float32.itemsize * channels * height * width
     scale = len(rows) / len(chosen)
-    return CacheSize(len(rows), len(chosen), round(latents * scale), round(embeddings * scale))
+    return CacheSize(
+        len(rows), len(chosen), round(latents * scale), round(embeddings * scale), len(rows) // rows.images_per_entry
+    )
 
 
 def _size(rows: ImageRows, row: int, buckets: Buckets) -> Size | None:

@@ -17,6 +17,7 @@ from prx_post.base.errors import PrxPostError
 from prx_post.base.files import replacing
 from prx_post.model.config import EMBEDDED
 from prx_post.model.inference import FILE, INDEX, Inference, pipeline_in
+from prx_post.model.published import published
 
 COMPONENTS = {
     "transformer": ("PRXTransformer2DModel",),
@@ -127,7 +128,7 @@ class PipelineFolder:
     def load_scheduler(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.path / "scheduler")
+        return FlowMatchEulerDiscreteScheduler.from_config(self.configs["scheduler"])
 
     def load_transformer(self, dtype: torch.dtype = torch.float32) -> Any:
         from diffusers import PRXTransformer2DModel
@@ -209,7 +210,8 @@ def open_pipeline(path_or_id: str, revision: str | None = None, weights: bool = 
 
     Args:
         path_or_id: a folder, that of a run meaning the pipeline in it; a Hub id; or `tiny`.
-        weights: whether they must be there too; without, the Hub is asked for the small files alone.
+        weights: whether they must be there too; without, the Hub is asked for the small files alone, and of PRX's own
+            checkpoints not even for those: their shapes are known.
     """
     if path_or_id == "tiny":
         return inspect(EMBEDDED / "base", path_or_id)
@@ -221,6 +223,9 @@ def open_pipeline(path_or_id: str, revision: str | None = None, weights: bool = 
             f"model_name_or_path is {path_or_id!r}, but there is no such folder, and it is not a Hub id "
             f"(owner/name). Check the path."
         )
+    shapes = None if weights or revision else published(path_or_id)
+    if shapes is not None:
+        return PipelineFolder(Path(path_or_id), path_or_id, *shapes)
     return inspect(_download(path_or_id, revision, weights), path_or_id, weights)
 
 

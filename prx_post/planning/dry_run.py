@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from prx_post.base.ranks import ALONE
 from prx_post.engine.config import TrainConfig
 from prx_post.engine.optim import build_optimizer, group_of, named_parameters
 from prx_post.engine.protocols import POLICY, Batch
 from prx_post.model.checkpoint import PipelineFolder
+from prx_post.model.denoiser import predict_velocity
 from prx_post.stages.registry import Stage
 
 
@@ -97,6 +99,8 @@ class DryRun:
         activations_and_gradients: the same with the gradients that exist at that moment.
         step_temporaries: what the optimizer needs in passing, beyond gradients and its state.
         accumulates: whether a step has several micro-batches.
+        flops: floating-point operations of a step's matrix products, those of recomputed activations included.
+        flops_of_sample: of one forward pass of the policy on one sample.
     """
 
     parameters: int
@@ -111,6 +115,8 @@ class DryRun:
     frozen: int = 0
     frozen_split: int = 0
     policy_parameters: int | None = None
+    flops: int = 0
+    flops_of_sample: int = 0
 
     @property
     def averaged_parameters(self) -> int:
@@ -135,7 +141,9 @@ class PlannedRun:
     def transformer(self, pipeline: PipelineFolder, dtype: torch.dtype = torch.float32) -> Any:
         from diffusers import PRXTransformer2DModel
 
-        network = PRXTransformer2DModel.from_config(pipeline.configs["transformer"]).to(dtype)
+        network = PRXTransformer2DModel.from_config(pipeline.configs["transformer"])
+        if dtype != torch.float32:
+            network = network.to(dtype)
         self.made.append(network)
         return network
 
@@ -170,6 +178,7 @@ def dry_run(open_stage: Callable[[Any], Stage], config: Any, device: str) -> Dry
         held = {id(p): p for module in (objective, *run.made) for p in module.parameters()}
         buffers = [b for module in (objective, *run.made) for b in module.buffers()]
         watch = StorageWatch([*held.values(), *buffers])
+        flops, of_sample = _count_flops(objective, batch, stage.config)
         for parameter in named.values():
             parameter.register_post_accumulate_grad_hook(watch.mark_gradient)
         with watch:
@@ -202,6 +211,8 @@ def dry_run(open_stage: Callable[[Any], Stage], config: Any, device: str) -> Dry
         frozen=sum(p.nbytes for key, p in held.items() if key not in ours),
         frozen_split=sum(p.nbytes for module in run.split for p in module.parameters()),
         policy_parameters=sum(p.numel() for p in policy),
+        flops=flops,
+        flops_of_sample=of_sample,
     )
 
 
@@ -217,12 +228,51 @@ def _move(network: nn.Module, device: torch.device) -> None:
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
 
 
+def _count_flops(objective: Any, batch: Batch, config: TrainConfig) -> tuple[int, int]:
+    """Of an optimizer step, and of one forward pass of the policy on one sample.
+
+    In passes of their own, for a counter keeps tensors alive.
+    """
+    latents = batch["latents"]
+    with flop_counter() as of_forward, torch.no_grad(), _autocast(latents.device.type, config):
+        t = torch.ones(len(latents), device=latents.device)
+        predict_velocity(objective.policy, latents, t, batch["prompt_embeds"], batch["prompt_mask"])
+    with flop_counter() as of_step:
+        _micro_steps(objective, batch, dataclasses.replace(config, gradient_accumulation_steps=1))
+    for parameter in objective.parameters():
+        parameter.grad = None
+    return of_step.get_total_flops() * config.gradient_accumulation_steps, of_forward.get_total_flops() // len(latents)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Of matrix products and attention; torch's own has no formula for the CPU's attention."""
+    aten = torch.ops.aten
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: forward,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        },
+    )
+
+
+def _autocast(device: str, config: TrainConfig) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=config.bf16)
+
+
 def _micro_steps(objective: nn.Module, batch: Batch, config: TrainConfig) -> None:
     """One forward and backward pass, or with accumulation two: in the second the gradients are there already."""
     objective.train()
     device = batch["latents"].device.type
     for _ in range(min(config.gradient_accumulation_steps, 2)):
-        with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
+        with _autocast(device, config):
             loss, metrics = objective(batch)
         del metrics
         (loss / config.gradient_accumulation_steps).backward()

@@ -41,6 +41,12 @@ class Planner:
         return self.settings["cache_dir"]
 
     @property
+    def global_batch_size(self) -> int:
+        """Samples per optimizer step, on all processes."""
+        config = self.config
+        return config.per_device_train_batch_size * self.parallel.num_processes * config.gradient_accumulation_steps
+
+    @property
     def has_one_size(self) -> bool:
         return getattr(self.stage, "size", None) is not None
 

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from prx_post.data.sizes import CacheSize
-from prx_post.engine.config import TrainConfig
 from prx_post.planning.disk import RunSize
 from prx_post.planning.dry_run import DryRun
 from prx_post.planning.memory import Memory
-from prx_post.planning.parallel import Parallel
 from prx_post.planning.planner import Planner
 
-GIB = 2**30
+GIB, TERA = 2**30, 10**12
 MARGIN = 0.1
 """Fraction of a GPU that should stay free: its context, the libraries' workspaces and fragmentation are not planned."""
 
@@ -28,6 +26,45 @@ def settings(*parts: Any) -> list[str]:
 
     values = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
     return ["settings", *(f"  {line}" for line in yaml.safe_dump(values, sort_keys=False, width=110).splitlines()), ""]
+
+
+def answer(
+    planner: Planner,
+    plan: Any,
+    run: DryRun,
+    needed: Memory,
+    device: float | None,
+    cache: CacheSize | str | None,
+    written: RunSize,
+) -> list[str]:
+    """What is asked first: whether it fits, how long it takes, what it costs."""
+    count, max_steps = planner.parallel.num_processes, planner.config.max_steps
+    peak = gib(needed.peak).strip()
+    if device is None:
+        fits = f"not known: {peak} are needed; set device_memory_gib"
+    else:
+        fits = f"{'yes' if needed.peak <= device * GIB else 'no'}: {peak} of {device:.1f} GiB"
+    work, generated = planner.stage.rollout_work(), 0.0
+    if work is not None:
+        generated = work.generated * run.flops_of_sample / work.steps / count / TERA
+    tflop = run.flops / TERA + generated
+    part = f", {generated:.3g} of them to generate" if generated else ""
+    found = [f"  fits         {fits}", f"  compute      {tflop:.3g} TFLOP per step and GPU{part}; {max_steps:,} steps"]
+    seconds = plan.seconds(tflop)
+    if seconds is None:
+        found.append("  time         not known: set seconds_per_step, or utilisation and peak_tflops")
+    else:
+        hours = max_steps * seconds / 3600
+        how = "" if plan.seconds_per_step else f", at {plan.utilisation:.0%} of {plan.peak_tflops:g} TFLOP/s"
+        found.append(
+            f"  time         {hours:.3g} hours on {count} GPU{'s' * (count > 1)}: {seconds:.3g} s per step{how}"
+        )
+        if plan.price_per_hour:
+            total = hours * count
+            found.append(f"  price        {total * plan.price_per_hour:,.2f} for {total:.3g} GPU hours")
+    disk = written.held * written.checkpoint + written.transformer
+    more = f", and {gib(cache.total).strip()} of cache" if isinstance(cache, CacheSize) else ""
+    return ["plan", *found, f"  disk         {gib(disk).strip()} in output_dir{more}", ""]
 
 
 def network(planner: Planner, run: DryRun) -> list[str]:
@@ -112,10 +149,10 @@ def disk(planner: Planner, cache: CacheSize | str | None, written: RunSize) -> l
     ]
 
 
-def steps(config: TrainConfig, parallel: Parallel, cache: CacheSize | str | None, written: RunSize) -> list[str]:
-    batch = config.per_device_train_batch_size * parallel.num_processes * config.gradient_accumulation_steps
+def steps(planner: Planner, cache: CacheSize | str | None, written: RunSize) -> list[str]:
+    config, parallel, batch = planner.config, planner.parallel, planner.global_batch_size
     seen = batch * config.max_steps
-    epochs = f"   {seen / cache.rows:.2f} epochs of {cache.rows:,} rows" if isinstance(cache, CacheSize) else ""
+    epochs = f"   {seen / cache.entries:.2f} epochs of {cache.entries:,}" if isinstance(cache, CacheSize) else ""
     return [
         "steps",
         f"  optimizer    {config.max_steps:>9,}   of {batch:,} samples: {config.per_device_train_batch_size} a device"

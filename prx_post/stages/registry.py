@@ -22,11 +22,13 @@ class RolloutWork:
 
     Attributes:
         images: of a rollout; `described` says of what they are made.
+        steps: optimizer steps that are made of it.
         generated: network evaluations of one image that made them.
         trained: forward and backward passes of one image; frozen: forward passes of frozen networks.
     """
 
     images: int
+    steps: int
     described: str
     generated: int
     trained: int

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,9 @@ from prx_post.planning.plan import check, lines
 
 MIB = 2**20
 NO_DATA = ["--dataset_name", "/no/such/data", "--height", "32", "--width", "64", "--output_dir", "unused"]
+
+
+TINY = ["--model_name_or_path", "tiny", *NO_DATA]
 
 
 def planner(*args: object):
@@ -59,6 +63,23 @@ def test_state_of_the_embedded_network_counted_by_hand():
     # MLP, 2 in the modulation), 6 blocks; and the four embeddings and the final layer 12.
     assert run.optimizer == 18_561_664 + 4 * 78
     assert run.step_temporaries < 64  # AdamW is fused
+
+
+def test_operations_of_a_step_counted_by_hand():
+    run = planner("--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 5).dry_run()
+    # 8 × 16 latents in patches of 2 × 2 are 32 image tokens, beside 24 of text; the width is 128. A block: projections
+    # of the image (qkv 3, out 1, the MLP's three 3.5 each: 14.5) and of the text (2), modulation (6, once a sample),
+    # and attention of the image's tokens to both, its scores and their sum. Two operations a product.
+    width, image, text = 128, 32, 24
+    block = width**2 * (14.5 * image + 2 * text + 6) + 2 * width * image * (image + text)
+    # in: 16 values a patch; text: 128; time: 256 to 128 to 128; out: modulation 2, 16 values
+    ends = image * 16 * width + text * width**2 + 3 * width**2 + 2 * width**2 + image * width * 16
+    forward = 2 * (6 * block + ends)
+    assert run.flops_of_sample == forward
+    # backward takes twice as much, attention's two and a half times, for it makes its scores again; what comes first
+    # needs no gradient of its input
+    attention, first = 6 * 2 * 2 * width * image * (image + text), 2 * (image * 16 + text * width + 2 * width) * width
+    assert run.flops == 15 * (3 * forward + attention // 2 - first)
 
 
 def test_muon_keeps_one_moment_of_the_blocks_matrices():
@@ -198,7 +219,7 @@ def test_the_cache_of_a_local_data_set_is_what_encoding_makes(image_folder):
     encoders = Encoders(planned.stage.pipeline, PromptCleaner(), torch.device("cpu"), torch.float32)
     embeddings = sum(encoders.prompts(prompt).nbytes for prompt in set(read_rows(planned.stage.data_config).prompts))
     # 48 images of 32×64: 4 channels of 8×16, fp32
-    assert found == CacheSize(rows=48, looked_at=48, latents=48 * 4 * 8 * 16 * 4, embeddings=embeddings)
+    assert found == CacheSize(rows=48, looked_at=48, latents=48 * 4 * 8 * 16 * 4, embeddings=embeddings, entries=48)
 
 
 def test_of_a_long_data_set_some_rows_are_looked_at(image_folder, monkeypatch):
@@ -236,3 +257,41 @@ def test_settings_are_checked_as_by_the_stage_itself(prx_post):
     result = prx_post("plan", "--model_name_or_path", "tiny", *NO_DATA, "--stage", "stf")
     assert result.returncode == 2
     assert "stage is 'stf', but must be one of sft" in result.stderr
+
+
+def test_the_plan_answers_first():
+    assert report().startswith("plan\n  fits         not known: ")
+    text = report("--device_memory_gib", 0.01)
+    assert text.startswith("plan\n  fits         no: ")
+    flops = planner().dry_run().flops
+    common = ("--device_memory_gib", 8, "--max_steps", 7200, "--num_processes", 4, "--price_per_hour", 3)
+    for given, seconds in (
+        (("--seconds_per_step", 2.5), 2.5),
+        (("--utilisation", 0.4, "--peak_tflops", flops / 1e12), 2.5),
+    ):
+        text = report(*common, *given)
+        assert text.startswith("plan\n  fits         yes: ")
+        assert f"  time         5 hours on 4 GPUs: {seconds} s per step" in text
+        assert "  price        60.00 for 20 GPU hours\n" in text
+    with pytest.raises(ConfigError, match=r"utilisation is 0.4, but must be .* together with peak_tflops"):
+        planner("--utilisation", 0.4)
+
+
+def test_epochs_are_planned_where_the_data_are_there(image_folder):
+    given = ("--num_train_epochs", 2.5, "--per_device_train_batch_size", 16)
+    planned = "\n".join(lines(*check([*TINY, "--dataset_name", str(image_folder), *map(str, given)])))
+    assert "  optimizer            8   of 16 samples" in planned
+    assert "2.67 epochs of 48\n" in planned
+    assert "num_train_epochs is 2.5, but how much there is to train on is not known here" in report(*given)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "latents"),
+    [("prx-512-t2i", (512, 512), (16, 64, 64)), ("prx-512-t2i-dc-ae-sft", (512, 512), (32, 16, 16))],
+)
+def test_published_checkpoints_are_planned_by_their_shapes_without_a_network(name, size, latents, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # is not asked
+    found = check(["--model_name_or_path", f"Photoroom/{name}", "--dataset_name", "/none", "--output_dir", "unused"])[0]
+    assert found.stage.pipeline.latent_shape(*size) == latents
+    assert found.stage.pipeline.max_prompt_tokens == 256
+    assert found.dry_run().parameters == pytest.approx(1_170_691_648, rel=1e-3)

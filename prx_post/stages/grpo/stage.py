@@ -175,7 +175,7 @@ class GRPO(PipelineStage):
         held = asked * (config.beta > 0 or config.method == "dgpo") + config.has_old_policy
         of_guidance = guided if config.is_policy_gradient else 1
         described = f"{config.prompts_per_rollout} prompts x {size}, {config.rollout_steps} steps"
-        return RolloutWork(images, described, generated, of_guidance * rows, held * rows)
+        return RolloutWork(images, config.steps_per_rollout, described, generated, of_guidance * rows, held * rows)
 
     def cache_size(self) -> str:
         return "of images nothing is cached: the policy makes them"
