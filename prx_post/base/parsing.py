@@ -58,6 +58,8 @@ ELSEWHERE = {
 """What other trainers call a setting, and our name for it."""
 SHOWN = ("help", "print_config", "print_schema")
 """Flags that show something instead of running."""
+VARIABLE = re.compile(r"(^|[/=])\$\{?[A-Za-z_]\w*\}?(/|$)")
+"""An environment variable as part of a path."""
 INSTEAD = {
     "mixed_precision": "set bf16: true; fp16 is not supported",
     "fp16": "set bf16: true; fp16 is not supported",
@@ -200,7 +202,20 @@ def _keys_of_file(args: Sequence[str]) -> dict[str, str]:
     values = read_yaml(path)
     if not isinstance(values.get("env", {}), dict):
         raise ConfigError(f"env in {path} must hold `NAME: value` lines. Correct the file.")
+    for key, value in values.items():
+        _refuse_variables(key, value, path)
     return {str(key): f"in {path}" for key in values if key != "env"}
+
+
+def _refuse_variables(key: str, value: Any, path: Path) -> None:
+    """A folder called `$HOME` would be made instead."""
+    texts = value if isinstance(value, list) else [value]
+    found = next((text for text in texts if isinstance(text, str) and VARIABLE.search(text)), None)
+    if found is not None:
+        raise ConfigError(
+            f"{key} in {path} is {found!r}, but variables are not expanded in a file. Write it out (`~` is your home "
+            f"folder), or give --{key} on the command line."
+        )
 
 
 def setting(args: Sequence[str], name: str) -> Any:

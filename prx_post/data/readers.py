@@ -119,6 +119,12 @@ def _load(config: EncodedData) -> _Table:
             return _load_folder(path, split, config.prompt_column or CAPTION_COLUMNS[0])
         return _Table(load_from_hub("dataset_name", name, split=split or ALL))
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        kept_in = Path(datasets.config.HF_DATASETS_CACHE)
+        if isinstance(error, OSError) and error.filename and Path(error.filename).is_relative_to(kept_in):
+            raise DataError(
+                f"{kept_in}, where `datasets` keeps tables that it has read, cannot be used: {error.strerror}. Set "
+                f"HF_DATASETS_CACHE to a folder that can be written to."
+            ) from error
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise DataError(f"dataset_name is {name!r}, which could not be read: {reason}") from error
 

@@ -205,3 +205,13 @@ def test_a_setting_is_found_however_its_flag_is_spelt(spelling, tmp_path):
 def test_a_flag_that_may_be_null_needs_no_value(flags, value, tmp_path):
     common = ["--model_name_or_path", "tiny", "--output_dir", str(tmp_path)]
     assert parse([GenerateConfig], [*common, *flags], "test")[0].skip_text_cleaning is value
+
+
+@pytest.mark.parametrize("value", ["$HOME/runs", "${HOME}/runs", "runs/$USER", "[a, $DATA/b]"])
+def test_variables_in_a_file_are_refused_rather_than_taken_for_names(tmp_path, value):
+    with pytest.raises(ConfigError, match=r"output_dir in .* is .*\$.*, but variables are not expanded in a file"):
+        parse(KINDS, write(tmp_path, f"output_dir: {value}\n"), "test")
+
+
+def test_a_price_in_a_prompt_is_no_variable(tmp_path):
+    parse(KINDS, [*write(tmp_path, "sample_prompts: [a $5 note, $ and cents]\n"), *COMPLETE], "test")

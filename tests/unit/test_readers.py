@@ -131,3 +131,13 @@ def test_bad_rows_are_written_down_and_stop_the_run_only_above_their_allowed_sha
         report_bad_rows(bad, total=1, max_bad_fraction=1.0, path=path)
     report_bad_rows([], total=100, max_bad_fraction=0.01, path=path)
     assert not path.exists()  # what an earlier try left is not this run's
+
+
+def test_a_cache_folder_of_datasets_that_cannot_be_used_is_named(tmp_path, monkeypatch):
+    import datasets
+
+    datasets.Dataset.from_dict({"prompt": ["1"], "image": ["a.png"]}).to_parquet(str(tmp_path / "set.parquet"))
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(DataError, match=r"file/cache, where `datasets` keeps tables .* HF_DATASETS_CACHE"):
+        read_rows(DataConfig(dataset_name=str(tmp_path / "set.parquet")))
