@@ -3,8 +3,8 @@
     python benchmarks/grpo_guard.py --steps 160 --output runs/grpo-guard        # after make demo
 
 `jpeg`: the demo's SFT checkpoint is rewarded for small JPEG files, which empty paper has. `fast`: for legibility alone,
-at ten times the shipped learning rate. The held-out reader judges; where it falls while the reward rises, the guard
-acts. Every run's report.html shows where.
+at ten times the shipped learning rate. Neither is held to the start (beta 0), as the shipped configuration is. The held-out
+reader judges; where it falls while the reward rises, the guard acts. Every run's report.html shows where.
 """
 
 import argparse
@@ -28,6 +28,7 @@ def train(folder: Path, reward: str, guard: str, steps: int, processes: int) -> 
     settings = [
         *("--guard", guard, "--max_steps", steps, "--eval_steps", max(1, steps // 10), "--report_to", "none"),
         *("--eval_rewards", "judge_exact", "ocr_exact", "--lr_scheduler_type", "constant", "--save_steps", 0),
+        *("--beta", 0, "--ref_guidance_scale", "null"),
         *("--ema_decay", 0.9, *REWARDS[reward], *(HELD[reward] if guard == "regularize" else [])),
     ]
     if not (folder / "final").exists():

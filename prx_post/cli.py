@@ -54,6 +54,7 @@ COMMANDS = {
     "data teacher-latents": Command(
         "prx_post.stages.distill.ahead", "a distillation's latents", configs="distill", is_launched=True, listed=False
     ),
+    "data preview": Command("prx_post.data.preview", "a data set as it would be trained on", listed=False),
     "data make-pairs": Command(
         "prx_post.stages.dpo.make_pairs",
         "preference pairs of a checkpoint's own images",

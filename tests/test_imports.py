@@ -58,7 +58,7 @@ def test_imports_flow_one_way(path):
     ours -= {"__version__", part}
     assert ours <= ALLOWED[part]
     if part == "stages":
-        shared = {"base", "captioned", "compatibility", "prompted", "references", "registry", "run"}
+        shared = {"banner", "base", "captioned", "compatibility", "prompted", "references", "registry", "run"}
         own = path.relative_to(PACKAGE / "stages").parts[0].removesuffix(".py")
         stages = {name.split(".")[2] for name in imports(path) if name.startswith("prx_post.stages.")}
         assert stages <= shared | {own}, "a stage never imports a stage"

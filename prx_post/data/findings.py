@@ -20,7 +20,7 @@ def describe(name: str, images: str, samples: Sequence[Sample], notes: Iterable[
     enlarged = sum(sample.is_enlarged for sample in samples)
     if enlarged:
         parts.append(f"{_count(enlarged, 'image')} smaller than that and enlarged")
-    captions = {sample.prompt_key: sample for sample in samples}.values()
+    captions = {sample.prompt: sample for sample in samples}.values()
     changed = sum(sample.has_changed_caption for sample in captions)
     if changed:
         parts.append(f"{_count(changed, 'caption')} changed by cleaning")

@@ -1,16 +1,14 @@
 """The evaluation's HTML page: one file, no network, everything user-made escaped."""
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from prx_post.base.files import write_bytes
+from prx_post.base.pages import data_uri, page_template
 from prx_post.evaluation import charts
 from prx_post.evaluation.features import MEANINGS, NEEDS_REFERENCE
 from prx_post.evaluation.gallery import Gallery
@@ -21,21 +19,8 @@ from prx_post.rewards.registry import RewardSpec, meaning
 
 GRID_ROWS = 24
 EXTREME_ROWS = 8
-MAX_SIDE = 320
-"""Images are scaled down to this for the page, pixels."""
 MAX_STRIP_SIDE = 128
-LOSSLESS_SIDE = 128
-"""Images no larger than this are PNGs in the page; larger ones JPEGs."""
 BINS = 24
-
-
-def data_uri(image: Image.Image, max_side: int = MAX_SIDE) -> str:
-    image = image.convert("RGB")
-    image.thumbnail((max_side, max_side))
-    kind = "png" if max(image.size) <= LOSSLESS_SIDE else "jpeg"
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, quality=88)
-    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def write_report(
@@ -58,25 +43,21 @@ def write_report(
     specs = [(text, RewardSpec.parse(text)) for text in summary["settings"]["rewards"]]
     tables = [(title, [part for part in parts if part.kind == kind]) for kind, title in KINDS.items()]
     series, quality = charts.quality_charts(summary)
-    page = (
-        page_environment()
-        .get_template("report.html.j2")
-        .render(
-            summary=summary,
-            names=names,
-            rewards=rewards,
-            metrics=list(summary["checkpoints"][names[0]]["metrics"]),
-            meanings={**{spec.label: meaning(text) for text, spec in specs}, **MEANINGS},
-            lower_is_better=NEEDS_REFERENCE,
-            overall=parts[0],
-            tables=[(title, part) for title, part in tables if part],
-            quality=quality,
-            labels=[one.label for one in series],
-            box=charts,
-            histograms=[histogram(reward, scores) for reward in rewards],
-            sections=[section for section in _sections(jobs, galleries, scores) if section["rows"]],
-            strips=_strips(jobs[: summary["settings"]["trajectory_prompts"]], galleries),
-        )
+    page = page_template("evaluation/report.html.j2").render(
+        summary=summary,
+        names=names,
+        rewards=rewards,
+        metrics=list(summary["checkpoints"][names[0]]["metrics"]),
+        meanings={**{spec.label: meaning(text) for text, spec in specs}, **MEANINGS},
+        lower_is_better=NEEDS_REFERENCE,
+        overall=parts[0],
+        tables=[(title, part) for title, part in tables if part],
+        quality=quality,
+        labels=[one.label for one in series],
+        box=charts,
+        histograms=[histogram(reward, scores) for reward in rewards],
+        sections=[section for section in _sections(jobs, galleries, scores) if section["rows"]],
+        strips=_strips(jobs[: summary["settings"]["trajectory_prompts"]], galleries),
     )
     write_bytes(path, page.encode("utf-8", "replace"))
 
@@ -166,8 +147,3 @@ def _strips(jobs: Sequence[Job], galleries: Sequence[Gallery]) -> list[dict[str,
                     uris.append(data_uri(image, MAX_STRIP_SIDE))
             strips.append({"name": gallery.spec.name, "prompt": job.prompt, "seed": job.seed, "uris": uris})
     return strips
-
-
-def page_environment() -> Environment:
-    loader = PackageLoader("prx_post", "evaluation")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

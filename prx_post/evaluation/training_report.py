@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 
 from prx_post.base.files import write_bytes
+from prx_post.base.pages import data_uri, page_template
 from prx_post.evaluation.charts import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, Tick, axis_ticks
-from prx_post.evaluation.report import data_uri, page_environment
 
 FILM = "film"
 """Folder of a run with an image per evaluation: its images below each other."""
@@ -71,16 +71,12 @@ def write_training_report(folder: Path, path: Path, report: TrainingReport) -> N
         EVALUATED: _curves(report.evaluations, report.acted, end, skip=("step",)),
         LOGGED: _curves(report.metrics, report.acted, end, skip=("step", "time")),
     }
-    page = (
-        page_environment()
-        .get_template("training.html.j2")
-        .render(
-            report=report,
-            main=main,
-            others=others,
-            box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
-            film=_film(folder, report),
-        )
+    page = page_template("evaluation/training.html.j2").render(
+        report=report,
+        main=main,
+        others=others,
+        box=(WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM),
+        film=_film(folder, report),
     )
     write_bytes(path, page.encode("utf-8", "replace"))
 

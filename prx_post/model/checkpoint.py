@@ -17,6 +17,7 @@ from prx_post.base.errors import PrxPostError
 from prx_post.base.files import replacing
 from prx_post.model.config import EMBEDDED
 from prx_post.model.inference import FILE, INDEX, Inference, pipeline_in
+from prx_post.model.merging import merge_adapter
 from prx_post.model.published import published
 
 COMPONENTS = {
@@ -137,8 +138,6 @@ class PipelineFolder:
             transformer = PRXTransformer2DModel.from_pretrained(self.path / "transformer", torch_dtype=dtype)
         if self.adapter is None:
             return transformer
-        from prx_post.model.lora import merge_adapter
-
         return merge_adapter(transformer, self.adapter)
 
     def load_tokenizer(self) -> Any:

@@ -86,18 +86,6 @@ def with_adapter(pipeline: PipelineFolder, path: str | None) -> PipelineFolder:
     return dataclasses.replace(pipeline, adapter=folder)
 
 
-def merge_adapter(transformer: Any, folder: Path) -> Any:
-    """The transformer with a saved adapter folded into its weights. Raises PrxPostError if their shapes differ."""
-    from peft import PeftModel
-
-    try:
-        return merge(PeftModel.from_pretrained(transformer, folder))
-    except RuntimeError as error:
-        raise PrxPostError(
-            f"adapter is {str(folder)!r}, whose weights do not fit: {' '.join(str(error).split())[:300]}"
-        ) from error
-
-
 def save_adapter(peft_model: Any, folder: Path, card: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors, as `peft.PeftModel.from_pretrained` reads them.
 
@@ -105,8 +93,3 @@ def save_adapter(peft_model: Any, folder: Path, card: str) -> None:
     """
     peft_model.save_pretrained(folder, save_embedding_layers=False)  # there are none; peft would ask the Hub
     (folder / "README.md").write_text(card)
-
-
-def merge(peft_model: Any) -> Any:
-    """Fold the adapter into the weights and return the plain transformer. The adapter is gone afterwards."""
-    return peft_model.merge_and_unload()

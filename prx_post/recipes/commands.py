@@ -28,6 +28,7 @@ Makes a data set. <recipe> is one of these, or the path of a YAML file of your o
 
 {recipes}
 
+`prx-post data preview DATASET --model_name_or_path CHECKPOINT` shows a data set as it would be trained on, as a page.
 `prx-post data teacher-latents --config FILE`, with a distillation's settings, makes the teacher's latents ahead of it.
 `prx-post data make-pairs --config FILE` makes preference pairs of a checkpoint's own images, ranked by a reward.
 `prx-post data <recipe> --help` lists a recipe's settings; its folder's README says what it is.

@@ -27,6 +27,7 @@ from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import PipelineFolder, emit, load, open_pipeline
 from prx_post.model.config import ModelConfig
 from prx_post.model.inference import Inference
+from prx_post.model.merging import merge
 from prx_post.model.sampler import Sampler
 from prx_post.model.text import PromptCleaner
 from prx_post.model.trainable import make_trainable, with_weights
@@ -223,7 +224,7 @@ class PipelineStage:
         network = with_weights(checkpoint.transformer, self.model, weights)
         if self.model.use_peft:
             lora.save_adapter(network, folder.with_name(f"{folder.name}-adapter"), card.render_adapter())
-            network = lora.merge(network)
+            network = merge(network)
         checkpoint.transformer, checkpoint.scheduler, checkpoint.card = network, self.scheduler, card.render()
         checkpoint.inference = Inference(
             card.num_inference_steps, card.guidance_scale, card.height, card.width, card.skip_text_cleaning

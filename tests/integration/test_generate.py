@@ -15,6 +15,7 @@ from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import emit, load
 from prx_post.model.config import ModelConfig
 from prx_post.model.inference import Inference
+from prx_post.model.merging import merge
 from prx_post.tiny import BASE
 
 COMMON = ["--model_name_or_path", "tiny", "--height", "32", "--width", "64", "--num_inference_steps", "4"]
@@ -146,7 +147,7 @@ def an_adapter(folder):
             torch.nn.init.normal_(parameter, std=0.05)
     card = ModelCard("an adapter", "sft", str(BASE), False, "nothing", 4, 1.0, "float32")
     lora.save_adapter(network, folder, card.render_adapter())
-    return lora.merge(network)
+    return merge(network)
 
 
 def test_an_adapter_is_drawn_with_as_if_it_were_merged(tmp_path):
