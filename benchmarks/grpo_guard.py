@@ -3,8 +3,8 @@
     python benchmarks/grpo_guard.py --steps 160 --output runs/grpo-guard        # after make demo
 
 `jpeg`: the demo's SFT checkpoint is rewarded for small JPEG files, which empty paper has. `fast`: for legibility alone,
-at ten times the shipped learning rate. Neither is held to the start (beta 0), as the shipped configuration is. The held-out
-reader judges; where it falls while the reward rises, the guard acts. Every run's report.html shows where.
+at ten times the shipped learning rate. Neither is held to the start (beta 0), as the shipped configuration is. The
+held-out reader judges; where it falls while the reward rises, the guard acts. Every run's report.html shows where.
 """
 
 import argparse

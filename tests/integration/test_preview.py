@@ -58,7 +58,7 @@ def test_the_page_shows_crops_lengths_and_what_is_lost(folder, tmp_path, capsys)
     ]
     assert seen["images"] == [[64, 32]] * 4
     assert "1.png, 20×40, enlarged" in seen["captions"][1]
-    assert seen["over"] == 1
+    assert seen["over"] == 2
     assert seen["changed"][0] == ["see https://example.org/a 13", "see 13"]
     assert seen["changed"][1][0] == HOSTILE
     assert re.fullmatch(r"(seven )+… and \d+ more words", seen["cut"])
