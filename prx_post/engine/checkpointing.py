@@ -159,7 +159,7 @@ def select_checkpoint(resume_from: str | None, output_dir: Path, past_damage: bo
                 raise DamagedCheckpoint(
                     f"{error} To resume from {older.name} instead, set resume_past_damage: true."
                 ) from error
-            tqdm.write(f"warning: {error} Going on from {older.name}.")
+            tqdm.write(f"warning: {error} Resuming from {older.name}.")
     return None
 
 

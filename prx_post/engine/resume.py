@@ -27,7 +27,7 @@ def check_settings(saved: SavedState, settings: dict[str, Any], rules: dict[str,
     if (before == 0) != (now == 0):
         raise PrxPostError(
             f"ema_decay is {now}, but must be {'0' if before == 0 else 'above 0'} because {saved.folder} "
-            f"{'holds no' if before == 0 else 'goes on with its'} average. Set it back, or start a new run."
+            f"{'holds no' if before == 0 else 'resumes with its'} average. Set it back, or start a new run."
         )
     for name, (before, now) in changed.items():
         if rules.get(name, Rules()).resume == "fixed":

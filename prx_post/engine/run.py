@@ -69,7 +69,7 @@ class Run:
         return self.output_dir / FINAL
 
     def set_final_aside(self) -> None:
-        """Keep what a finished run, which goes on, has emitted, by another name; on the main process."""
+        """Keep what a finished run, which is resumed, has emitted, by another name; on the main process."""
         if not self.final.exists():
             return
         kept = f"{FINAL}-{self.saved.info['settings']['max_steps']:06d}" if self.saved else f"{FINAL}-earlier"
@@ -186,7 +186,7 @@ def _goes_on(config: TrainConfig, folder: Path) -> bool:
     """Whether a finished run is asked for more steps than it has made.
 
     Raises:
-        PrxPostError: it is asked to go on from an earlier checkpoint, or has none to go on from.
+        PrxPostError: it is asked to resume from an earlier checkpoint, or has none to resume from.
     """
     if config.resume_from_checkpoint != LATEST:
         raise PrxPostError(
@@ -199,7 +199,7 @@ def _goes_on(config: TrainConfig, folder: Path) -> bool:
         return False
     if not checkpoints(folder):
         raise PrxPostError(
-            f"{name} is {asked}, but the run in {folder} has finished with {made} and has no checkpoint to go on from "
+            f"{name} is {asked}, but the run in {folder} has finished with {made} and has no checkpoint to resume from "
             f"(save_steps). Start a new run from its pipeline."
         )
     return True

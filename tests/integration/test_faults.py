@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_only_when_told_to(
     told = sft_arguments(image_folder, warm_cache, half_done, resume_past_damage=True, save_total_limit=9)
     outcome = run_child(told, tmp_path / "log")
     assert outcome.returncode == 0, outcome.output[-3000:]
-    assert "Going on from checkpoint-000002" in outcome.output
+    assert "Resuming from checkpoint-000002" in outcome.output
     assert differences(half_done, undisturbed) == []
     assert (half_done / "superseded-checkpoint-000004").exists()
 
@@ -270,7 +270,7 @@ def test_what_a_finished_run_emitted_is_left_where_it_is_until_it_goes_on(image_
         train(*settings(image_folder, warm_cache, run, **{**common, "max_steps": 4, "optim": "muon"}))
     assert (run / "final").is_dir()
     train(*settings(image_folder, warm_cache, tmp_path / "unsaved", save_steps=0, **common))
-    with pytest.raises(PrxPostError, match="has finished with 2 and has no checkpoint to go on from"):
+    with pytest.raises(PrxPostError, match="has finished with 2 and has no checkpoint to resume from"):
         train(*settings(image_folder, warm_cache, tmp_path / "unsaved", **{**common, "max_steps": 4}))
 
 

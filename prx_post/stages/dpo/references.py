@@ -44,7 +44,7 @@ class ReferenceErrors:
     """The reference's errors at every draw of every pair, computed before training, each rank its part.
 
     They are kept in cache_dir/ref-errors, by pair, so that an interrupted run, or another with the same reference and
-    draws, goes on with them.
+    draws, resumes with them.
 
     Args:
         pipeline: the reference.

@@ -1,6 +1,6 @@
 """Remake the embedded world's weights: judge, tokenizer and text encoder, autoencoder, then the base by pretraining.
 
-Each part is skipped if its files are there, so an interrupted build goes on where it stopped. Seeded; tens of minutes
+Each part is skipped if its files are there, so an interrupted build resumes where it stopped. Seeded; tens of minutes
 on two cores. The base is pretrained by the same code as any fine-tuning run, from a transformer with fresh weights.
 """
 
