@@ -94,4 +94,4 @@ def generate(config: GenerateConfig) -> None:
             "software": f"prx-post {__version__}",
         }
         image.save(output_dir / f"{i:05d}.png", pnginfo=png_info(settings))
-    print(f"{len(jobs)} images in {output_dir}")
+    print(f"{len(jobs)} image{'' if len(jobs) == 1 else 's'} in {output_dir}")

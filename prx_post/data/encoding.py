@@ -96,9 +96,8 @@ def fill_cache(
 
 
 def _progress(items: Iterator[Item], total: int, unit: str, ranks: Ranks) -> Iterator[Item]:
-    return tqdm(
-        items, total=total, desc=f"encoding {unit}s", unit=unit, leave=False, disable=ranks.hides_progress or not total
-    )
+    hidden = ranks.hides_progress if total else True
+    return tqdm(items, total=total, desc=f"encoding {unit}s", unit=unit, leave=False, disable=hidden)
 
 
 def _lacking_of(prompts: Iterable[str], cache: EncodedCache, encoders: Encoders) -> dict[str, Cleaned]:
