@@ -2,7 +2,7 @@
 
     python benchmarks/grpo_methods.py --minutes 6 --output runs/grpo-methods        # after make demo
 
-A method's seconds per optimizer step are taken from a few steps of its own first, then it is given as many steps as
+A method's seconds per optimizer step are taken from a few rollouts of its own first, then it is given as many steps as
 fit. All are judged on the test prompts, at the steps of their rollouts, without guidance, against the SFT checkpoint.
 """
 
@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = {
     "dgpo": "grpo",
@@ -22,7 +24,8 @@ CONFIGS = {
     "awm": "grpo-awm",
 }
 SDE = ("flow-grpo (sde)", "grpo-flow", ["--rollout_sampler", "sde", "--noise_level", "0.7"])
-PROBE = 8
+PROBE = 3
+"""Rollouts whose steps are timed, the first not counted."""
 QUIET = ["--report_to", "none", "--save_steps", "0", "--guard", "off", "--eval_steps", "0"]
 
 
@@ -41,12 +44,14 @@ def last_time(folder: Path, first: int) -> tuple[float, int]:
 def train(name: str, config: str, extra: list[str], output: Path, minutes: float, processes: int) -> dict:
     folder = output / name.replace(" ", "-").replace("(", "").replace(")", "")
     base = ["grpo", "--config", f"configs/tiny/{config}.yaml", "--num_processes", processes, *QUIET, *extra]
+    given = yaml.safe_load((ROOT / f"configs/tiny/{config}.yaml").read_text())
+    per_rollout = given["steps_per_generation"] * given.get("num_iterations", 1)
     if not (folder / "final").exists():
         probe = folder.with_name(folder.name + "-probe")
         if not (probe / "final").exists():
-            command(*base, "--output_dir", probe, "--max_steps", PROBE, "--logging_steps", 1)
-        seconds, steps = last_time(probe, PROBE // 2)
-        count = max(PROBE, round(60 * minutes / (seconds / steps)))
+            command(*base, "--output_dir", probe, "--max_steps", PROBE * per_rollout, "--logging_steps", 1)
+        seconds, steps = last_time(probe, per_rollout)
+        count = per_rollout * max(1, round(60 * minutes / (seconds / steps) / per_rollout))
         command(*base, "--output_dir", folder, "--max_steps", count)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
