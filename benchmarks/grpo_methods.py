@@ -4,6 +4,7 @@
 
 A method's seconds per optimizer step are taken from a few rollouts of its own first, then it is given as many steps as
 fit. All are judged on the test prompts, at the steps of their rollouts, without guidance, against the SFT checkpoint.
+methods.svg in the output shows their rewards over time.
 """
 
 import argparse
@@ -26,6 +27,8 @@ CONFIGS = {
 SDE = ("flow-grpo (sde)", "grpo-flow", ["--rollout_sampler", "sde", "--noise_level", "0.7"])
 PROBE = 3
 """Rollouts whose steps are timed, the first not counted."""
+REWARD, LOW = "reward/ocr_probability", 0.3
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 QUIET = ["--report_to", "none", "--save_steps", "0", "--guard", "off", "--eval_steps", "0"]
 
 
@@ -54,15 +57,41 @@ def train(name: str, config: str, extra: list[str], output: Path, minutes: float
         count = per_rollout * max(1, round(60 * minutes / (seconds / steps) / per_rollout))
         command(*base, "--output_dir", folder, "--max_steps", count)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    began = lines[0]["time"]
     return {
         "folder": str(folder),
         "steps": lines[-1]["step"],
-        "minutes": (lines[-1]["time"] - lines[0]["time"]) / 60,
-        "curve": [
-            (line["step"], next((value for key, value in line.items() if key == "reward/ocr_probability"), None))
-            for line in lines
-        ],
+        "minutes": (lines[-1]["time"] - began) / 60,
+        "curve": [((line["time"] - began) / 60, line[REWARD]) for line in lines if line.get(REWARD) is not None],
     }
+
+
+def plot(curves: dict[str, list[tuple[float, float]]], minutes: float) -> str:
+    """The reward of rollouts over minutes, as SVG."""
+    width, height, left, bottom = 640, 320, 44, 36
+    place = (
+        lambda x: left + (width - left - 150) * x / minutes,
+        lambda y: height - bottom - (height - bottom - 12) * (y - LOW) / (1 - LOW),
+    )
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12">'
+    ]
+    parts.append(f'<rect width="{width}" height="{height}" fill="#fff"/>')
+    for tick in (0.4, 0.6, 0.8, 1.0):
+        y = place[1](tick)
+        parts.append(f'<line x1="{left}" x2="{width - 150}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ccc"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{tick:g}</text>')
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        points = " ".join(f"{place[0](x):.1f},{place[1](y):.1f}" for x, y in curve)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
+        parts.append(f'<text x="{width - 140}" y="{24 + 18 * i}" fill="{colour}">{name}</text>')
+    parts.append(f'<text x="{left}" y="{height - 10}" fill="#555">0</text>')
+    parts.append(
+        f'<text x="{width - 150}" y="{height - 10}" text-anchor="end" fill="#555">{minutes:.1f} minutes</text>'
+    )
+    return "\n".join([*parts, "</svg>\n"])
 
 
 def main() -> None:
@@ -95,7 +124,9 @@ def main() -> None:
             f"| {name} | {run['steps']} | {run['minutes']:.1f} | {shown[0]:.3f} | {shown[1]:.3f} | {shown[2]:.1f} | "
             f"{shown[3]:.4f} |"
         )
-    (given.output / "methods.json").write_text(json.dumps(found, indent=1))
+    curves = {name: run["curve"] for name, run in found.items() if run["curve"]}
+    longest = max(run["minutes"] for run in found.values())
+    (given.output / "methods.svg").write_text(plot(curves, longest))
 
 
 if __name__ == "__main__":
