@@ -27,7 +27,7 @@ CONFIGS = {
 SDE = ("flow-grpo (sde)", "grpo-flow", ["--rollout_sampler", "sde", "--noise_level", "0.7"])
 PROBE = 3
 """Rollouts whose steps are timed, the first not counted."""
-REWARD, LOW = "reward/ocr_probability", 0.3
+REWARD, LOW = "reward/ocr_probability", 0.1
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 QUIET = ["--report_to", "none", "--save_steps", "0", "--guard", "off", "--eval_steps", "0"]
 
@@ -78,7 +78,7 @@ def plot(curves: dict[str, list[tuple[float, float]]], minutes: float) -> str:
         'font-size="12">'
     ]
     parts.append(f'<rect width="{width}" height="{height}" fill="#fff"/>')
-    for tick in (0.4, 0.6, 0.8, 1.0):
+    for tick in (0.2, 0.4, 0.6, 0.8, 1.0):
         y = place[1](tick)
         parts.append(f'<line x1="{left}" x2="{width - 150}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ccc"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{tick:g}</text>')
