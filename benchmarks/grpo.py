@@ -3,8 +3,8 @@
     python benchmarks/grpo.py            # the embedded base, one process of one thread; about six minutes
 
 Every case has 8 prompts × 8 images a rollout and is given 6 rollouts, of which the median of the last five counts.
-"against passes" divides its seconds by what its forward and backward passes alone take, timed in the same run as "
-"`prx-post plan` does.
+"against passes" divides its seconds by what its forward and backward passes alone take, timed in the same run as
+`prx-post plan` does.
 The last table gives a reward that sleeps for a known time, with and without waiting for it.
 """
 
@@ -17,13 +17,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parent.parent
 ROLLOUTS = 6
 COMMON = {
     **{"model_name_or_path": "tiny", "height": 32, "width": 64, "prompts_per_rollout": 8, "num_generations": 8},
     **{"per_device_train_batch_size": 32, "steps_per_generation": 2, "learning_rate": 1e-5, "guard": "off"},
     **{"rollout_num_inference_steps": 8, "num_inference_steps": 8, "guidance_scale": 1, "sample_steps": 0},
-    **{"save_steps": 0, "report_to": "none", "num_threads": 1, "reward_funcs": "ocr_probability"},
+    **{"save_steps": 0, "report_to": "none", "num_threads": 1, "reward_funcs": ["ocr_probability"]},
 }
 STEPS = {"method": "grpo", "rollout_sampler": "cps"}
 IMAGES = {"rollout_sampler": "ode"}
@@ -34,7 +36,7 @@ CASES = {
     "grpo, subset (2 steps)": {**STEPS, "window": "subset"},
     "nft": {**IMAGES, "method": "nft"},
     "dgpo": {**IMAGES, "method": "dgpo"},
-    "dgpo, no clip": {**IMAGES, "method": "dgpo", "epsilon": "null"},
+    "dgpo, no clip": {**IMAGES, "method": "dgpo", "epsilon": None},
 }
 DELAY_S = 1.0
 
@@ -42,12 +44,7 @@ DELAY_S = 1.0
 def arguments(folder: Path, prompts: Path, changes: dict) -> list[str]:
     values = {**COMMON, **changes, "prompts_file": prompts, "cache_dir": folder.parent / "cache", "output_dir": folder}
     settings = folder.with_suffix(".yaml")
-    text = "".join(f"{name}: {json.dumps(str(v) if isinstance(v, Path) else v)}\n" for name, v in values.items())
-    settings.write_text(
-        text.replace('"null"', "null")
-        .replace('reward_funcs: "', 'reward_funcs: ["')
-        .replace('"\nprompts_file', '"]\nprompts_file')
-    )
+    settings.write_text(yaml.safe_dump({k: str(v) if isinstance(v, Path) else v for k, v in values.items()}))
     return ["--config", str(settings)]
 
 
@@ -107,7 +104,7 @@ def main() -> None:
         )
         waited = None
         for mode in ("off", "batch", "rollout"):
-            slow = {**STEPS, "window": "subset", "reward_funcs": f"{reward}:score", "async_rewards": mode}
+            slow = {**STEPS, "window": "subset", "reward_funcs": [f"{reward}:score"], "async_rewards": mode}
             total = train(folder / mode, prompts, slow)["total"]
             waited = waited or total
             print(f"| async_rewards: {mode} | {total:.2f} | {total / waited:.2f} |", flush=True)
