@@ -61,7 +61,7 @@ def test_the_page_shows_crops_lengths_and_what_is_lost(folder, tmp_path, capsys)
     assert seen["over"] == 2
     assert seen["changed"][0] == ["see https://example.org/a 13", "see 13"]
     assert seen["changed"][1][0] == HOSTILE
-    assert re.fullmatch(r"(seven )+… and \d+ more words", seen["cut"])
+    assert re.search(r"(seven )+… and \d+ more words$", seen["cut"])
     assert "no image format that Pillow knows" in seen["bad"]
 
 

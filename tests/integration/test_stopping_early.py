@@ -13,15 +13,15 @@ from tests.processes import Child, Processes, kill_group, run
 
 def slow_encoding() -> None:
     """Every image takes a tenth of a second, and more than a few are never reached before a signal."""
-    from prx_post.data.encoders import Encoders
+    from prx_post.model.codec import LatentCodec
 
-    encode = Encoders.latents
+    encode = LatentCodec.encode
 
-    def slowly(self, data, size):
+    def slowly(self, pixels):
         time.sleep(0.1)
-        return encode(self, data, size)
+        return encode(self, pixels)
 
-    Encoders.latents = slowly
+    LatentCodec.encode = slowly
 
 
 def encoding_images(cache: Path) -> bool:
