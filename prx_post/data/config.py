@@ -31,7 +31,7 @@ class EncodersConfig:
     cache_dir: str = doc("Folder of the latent and embedding cache.", "~/.cache/prx-post", resume="free")
     encode_batch_size: int = doc(
         "Images of one size, or prompts of about one length, that are encoded at a time. 1 gives what the pipeline "
-        "gives, to the bit; more is faster on a GPU, and differs by rounding.",
+        "gives, to the bit; more differs by rounding.",
         1,
         above=0,
         resume="free",

@@ -89,7 +89,7 @@ class Encoders:
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=list,
-            worker_init_fn=_end_quietly,
+            worker_init_fn=_leave_signals_to_parent,
         )
         for places, found in zip(batches, pixels, strict=True):
             good = [one for one in found if isinstance(one, Tensor)]
@@ -118,10 +118,10 @@ class _Pixels(Dataset[Any]):
             return str(error)
 
 
-def _end_quietly(worker: int) -> None:
-    """Not to run, in a worker, what this process does when it is told to stop."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def _leave_signals_to_parent(worker: int) -> None:
+    """A stop signal reaches the whole process group; a worker ends when the process that it reads for does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _parts(items: list[Item], size: int) -> list[list[Item]]:

@@ -74,7 +74,7 @@ def fill_cache(
 
     # what one process sees, for all: others may see another run's files later or earlier
     new_texts, image_keys = ranks.on_main(lacking)
-    texts = {key: new_texts[key] for key in ranks.share(sorted(new_texts, key=lambda key: new_texts[key].tokens))}
+    texts = {key: new_texts[key] for key in ranks.share(list(new_texts))}
     images = ranks.share([by_image[key] for key in image_keys])
     unreadable: dict[str, str] = {}
 

@@ -90,7 +90,6 @@ def preview(config: PreviewConfig) -> Path:
         changed=_changed(samples, rows),
         cut=_cut(samples, rows, pipeline.load_tokenizer()),
         bad=[*bad, *unreadable][:LISTED],
-        bad_count=len(bad),
         listed=LISTED,
     )
     path = Path(config.output_file).expanduser()
@@ -135,7 +134,7 @@ def _size(
 
 def _lengths(samples: Sequence[Sample], most: int) -> dict[str, Any]:
     """Captions by tokens, in bars up to the longest."""
-    longest = max(most, *(sample.tokens for sample in samples))
+    longest = max(most, max(sample.tokens for sample in samples))
     step = -(-longest // BARS)
     counts = [0] * (longest // step + 1)
     for sample in samples:

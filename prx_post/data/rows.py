@@ -87,8 +87,9 @@ class ImageRows:
         inside = any(any(column.has_bytes) for column in self._columns)
         if inside and not files:
             return None
+        paths = (path for column in self._columns for path in column.paths)  # of rows without one, too: places count
         of_images = (path for column in self._columns for path in column.files())
-        return digest_of([*files, *of_images], str(self._dataset.split), *map(str, self.prompts))
+        return digest_of([*files, *of_images], str(self._dataset.split), *map(repr, self.prompts), *map(repr, paths))
 
 
 class ImageColumn:

@@ -1,5 +1,6 @@
 """Stop signals while data are prepared: what was encoded is kept, and the exit code asks to be started again."""
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ def slow_encoding() -> None:
 
     def slowly(self, pixels):
         time.sleep(0.1)
+        if "FIRST_ENCODED" in os.environ:
+            Path(os.environ["FIRST_ENCODED"]).touch()
         return encode(self, pixels)
 
     LatentCodec.encode = slowly
@@ -60,6 +63,25 @@ def test_a_signal_during_encoding_keeps_what_was_encoded_and_asks_to_be_run_agai
     run(1, call)
     assert encoded(cache) == 48
     assert before < 48
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_to_the_whole_group_reaches_workers_too_and_harms_nothing(number, image_folder, tmp_path):
+    cache = tmp_path / "cache"
+    call = sft_arguments(image_folder, cache, tmp_path / "run", max_steps=1, dataloader_num_workers=2)
+    first = tmp_path / "first"
+    child = Child(call, tmp_path / "log", slow_encoding, FIRST_ENCODED=str(first))
+    try:
+        wait_until(first.exists)
+        time.sleep(0.5)
+        os.killpg(child.pid, number)
+        assert child.wait(timeout=100) == 75, (tmp_path / "log").read_text()[-2000:]
+    finally:
+        kill_group(child)
+    output = (tmp_path / "log").read_text()
+    assert f"error: stopped by {number.name} while data were prepared; what was encoded is kept." in output
+    assert "Traceback" not in output
+    assert 1 <= encoded(cache) < 48
 
 
 def test_a_signal_to_both_ranks_during_encoding_ends_both(image_folder, tmp_path):

@@ -1,5 +1,6 @@
 """A scan is remembered by the data, and by nothing that they have no part in."""
 
+import json
 import os
 
 import pytest
@@ -139,3 +140,19 @@ def test_names_of_images_in_cells_are_known_without_reading_them(tmp_path, reads
     rows = read_rows(DataConfig(dataset_name=str(parquet(tmp_path, pair.chosen, "a.png"))))
     assert [rows.name(row) for row in range(2)] == ["a.png", "row 1"]
     assert not reads
+
+
+def scan_table(folder, rows, cache):
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return scan(folder, cache)
+
+
+def test_a_caption_that_says_none_is_another_than_none_and_places_count(folder, tmp_path):
+    first = {"file_name": "0.png", "prompt": "one"}
+    for earlier, later in (
+        ([first, {"file_name": "2.png", "prompt": None}], [first, {"file_name": "2.png", "prompt": "None"}]),
+        ([{**first, "prompt": "a"}, {"prompt": "b"}], [{"prompt": "a"}, {**first, "prompt": "b"}]),
+    ):
+        scan_table(folder, earlier, tmp_path / "cache")
+        found = scan_table(folder, later, tmp_path / "cache")
+        assert found == scan(folder, tmp_path / "another cache")
