@@ -16,7 +16,7 @@ from prx_post.data.buckets import Buckets
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
 from prx_post.data.config import DataConfig
 from prx_post.data.encoders import Cleaned, Encoders
-from prx_post.data.findings import describe
+from prx_post.data.findings import counted, describe
 from prx_post.data.images import PREPROCESSING
 from prx_post.data.rows import BadRow, DataError, ImageRows, report_bad_rows
 from prx_post.data.scan import Sample
@@ -140,9 +140,8 @@ def prepare(
 
     report()
     if ranks.is_main:
-        counted = f"{len(samples)} of {len(rows)} images" if bad else f"{len(rows)} images"
-        most = encoders.pipeline.max_prompt_tokens
-        tqdm.write(describe(str(config.dataset_name), counted, samples, rows.notes, most))
+        images, most = counted(len(samples), len(rows), "images"), encoders.pipeline.max_prompt_tokens
+        tqdm.write(describe(str(config.dataset_name), images, samples, rows.notes, most))
     if config.cache == "none":
         return samples, None
     cache = EncodedCache.open(cache_dir, encoders.pipeline, encoders.text_dtype)

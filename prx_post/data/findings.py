@@ -8,8 +8,8 @@ from prx_post.data.scan import Sample
 SHOWN_SIZES = 6
 
 
-def describe(name: str, images: str, samples: Sequence[Sample], notes: Iterable[str], max_tokens: int) -> str:
-    """One line: images and their sizes in training, width x height, and what is done to some images or captions.
+def findings(images: str, samples: Sequence[Sample], notes: Iterable[str], max_tokens: int) -> list[str]:
+    """In parts: images and their sizes in training, width x height, and what is done to some images or captions.
 
     Args:
         images: how many of what they are, such as "12 images".
@@ -27,7 +27,17 @@ def describe(name: str, images: str, samples: Sequence[Sample], notes: Iterable[
     cut = sum(sample.tokens > max_tokens for sample in captions)
     if cut:
         parts.append(f"{_count(cut, 'caption')} longer than {max_tokens} tokens and cut there")
-    return f"{name}: {'; '.join(parts)}"
+    return parts
+
+
+def describe(name: str, images: str, samples: Sequence[Sample], notes: Iterable[str], max_tokens: int) -> str:
+    """The same in one line."""
+    return f"{name}: {'; '.join(findings(images, samples, notes, max_tokens))}"
+
+
+def counted(kept: int, total: int, what: str) -> str:
+    """How many there are of `what`, and of how many if some are left out."""
+    return f"{total} {what}" if kept == total else f"{kept} of {total} {what}"
 
 
 def _count(count: int, thing: str) -> str:

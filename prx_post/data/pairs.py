@@ -19,7 +19,7 @@ from prx_post.data.buckets import Buckets
 from prx_post.data.config import PreferenceConfig
 from prx_post.data.encoders import Encoders
 from prx_post.data.encoding import EncodedCache, fill_cache, with_what_others_wrote
-from prx_post.data.findings import describe
+from prx_post.data.findings import counted, describe
 from prx_post.data.plan import Draw
 from prx_post.data.readers import open_dataset
 from prx_post.data.rows import BadRow, DataError, ImageColumn, ImageRows, Opened, report_bad_rows
@@ -192,9 +192,8 @@ def prepare_pairs(
             raise DataError(lacking).raised_by_all(ranks.is_main)
     samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
     if ranks.is_main:
-        counted = f"{len(pairs)} of {total} pairs of images" if len(pairs) < total else f"{total} pairs of images"
-        most = encoders.pipeline.max_prompt_tokens
-        tqdm.write(describe(str(config.dataset_name), counted, samples, rows.notes, most))
+        found_pairs, most = counted(len(pairs), total, "pairs of images"), encoders.pipeline.max_prompt_tokens
+        tqdm.write(describe(str(config.dataset_name), found_pairs, samples, rows.notes, most))
 
     def open_cache() -> EncodedCache:
         return EncodedCache.open(cache_dir, encoders.pipeline, encoders.text_dtype)

@@ -15,7 +15,7 @@ from prx_post.base.settings import doc
 from prx_post.data.buckets import Buckets
 from prx_post.data.config import DataConfig
 from prx_post.data.encoders import Encoders
-from prx_post.data.findings import describe
+from prx_post.data.findings import counted, findings
 from prx_post.data.images import decode
 from prx_post.data.readers import read_rows
 from prx_post.data.rows import BadRow, DataError, ImageRows
@@ -77,12 +77,10 @@ def preview(config: PreviewConfig) -> Path:
     if not samples:
         raise DataError(f"{len(rows)} of {len(rows)} rows cannot be used. The first is {bad[0].name}: {bad[0].reason}.")
     most = pipeline.max_prompt_tokens
-    counted = f"{len(samples)} of {len(rows)} images" if bad else f"{len(rows)} images"
-    found = describe(str(config.dataset_name), counted, samples, rows.notes, most)
     unreadable: list[BadRow] = []
     page = page_template("data/preview.html.j2").render(
         title=str(config.dataset_name),
-        found=found.removeprefix(f"{config.dataset_name}: ").split("; "),
+        found=findings(counted(len(samples), len(rows), "images"), samples, rows.notes, most),
         pipeline=pipeline.source,
         sizes=[_size(size, samples, rows, config.images_per_size, unreadable) for size in _sizes(samples)],
         lengths=_lengths(samples, most),
