@@ -99,7 +99,8 @@ class DryRun:
         activations_and_gradients: the same with the gradients that exist at that moment.
         step_temporaries: what the optimizer needs in passing, beyond gradients and its state.
         accumulates: whether a step has several micro-batches.
-        flops: floating-point operations of a step's matrix products, those of recomputed activations included.
+        flops: floating-point operations of a step's matrix products, those of recomputed activations included; 0: not
+            counted.
         flops_of_sample: of one forward pass of the policy on one sample.
     """
 
@@ -155,12 +156,13 @@ class PlannedRun:
         return module
 
 
-def dry_run(open_stage: Callable[[Any], Stage], config: Any, device: str) -> DryRun:
+def dry_run(open_stage: Callable[[Any], Stage], config: Any, device: str, operations: bool = False) -> DryRun:
     """Observe one optimizer step of a stage.
 
     Args:
         open_stage: makes the stage of its own configuration.
         config: that one; its optimizer, accumulation, autocast and gradient checkpointing are followed.
+        operations: whether they are counted, too.
         device: whose kernels are meant; `cuda` needs a torch that was built for it, and a GPU.
     """
     stage = open_stage(dataclasses.replace(config, torch_compile=False))  # compiled code cannot be watched
@@ -178,7 +180,7 @@ def dry_run(open_stage: Callable[[Any], Stage], config: Any, device: str) -> Dry
         held = {id(p): p for module in (objective, *run.made) for p in module.parameters()}
         buffers = [b for module in (objective, *run.made) for b in module.buffers()]
         watch = StorageWatch([*held.values(), *buffers])
-        flops, of_sample = _count_flops(objective, batch, stage.config)
+        flops, of_sample = _count_flops(objective, batch, stage.config) if operations else (0, 0)
         for parameter in named.values():
             parameter.register_post_accumulate_grad_hook(watch.mark_gradient)
         with watch:

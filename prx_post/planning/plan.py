@@ -92,7 +92,7 @@ def lines(planner: Planner, plan: PlanConfig) -> list[str]:
     """The whole report."""
     config, stage = planner.config, planner.stage
     other = planner.dry_run(gradient_checkpointing=not config.gradient_checkpointing)
-    run = planner.dry_run()
+    run = planner.dry_run(operations=True)
     needed = planner.memory(run)
     cache = stage.cache_size()
     length = _set_length(planner, cache)

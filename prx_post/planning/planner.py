@@ -60,9 +60,9 @@ class Planner:
         """Whose kernels are watched: a fake CUDA tensor needs a real GPU's driver."""
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def dry_run(self, **changes: Any) -> DryRun:
+    def dry_run(self, *, operations: bool = False, **changes: Any) -> DryRun:
         """One step of the largest batch, with `changes` to the stage's settings."""
-        return dry_run(self._open, dataclasses.replace(self.config, **changes), self.device)
+        return dry_run(self._open, dataclasses.replace(self.config, **changes), self.device, operations)
 
     def memory(self, run: DryRun, parallel: Parallel | None = None) -> Memory:
         return memory(run, parallel or self.parallel, bool(self.config.ema_decay))

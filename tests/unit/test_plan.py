@@ -66,7 +66,7 @@ def test_state_of_the_embedded_network_counted_by_hand():
 
 
 def test_operations_of_a_step_counted_by_hand():
-    run = planner("--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 5).dry_run()
+    run = planner("--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 5).dry_run(operations=True)
     # 8 × 16 latents in patches of 2 × 2 are 32 image tokens, beside 24 of text; the width is 128. A block: projections
     # of the image (qkv 3, out 1, the MLP's three 3.5 each: 14.5) and of the text (2), modulation (6, once a sample),
     # and attention of the image's tokens to both, its scores and their sum. Two operations a product.
@@ -263,7 +263,7 @@ def test_the_plan_answers_first():
     assert report().startswith("plan\n  fits         not known: ")
     text = report("--device_memory_gib", 0.01)
     assert text.startswith("plan\n  fits         no: ")
-    flops = planner().dry_run().flops
+    flops = planner().dry_run(operations=True).flops
     common = ("--device_memory_gib", 8, "--max_steps", 7200, "--num_processes", 4, "--price_per_hour", 3)
     for given, seconds in (
         (("--seconds_per_step", 2.5), 2.5),
