@@ -27,7 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_home(tmp_path_factory):
-    """No test reads or writes the user's caches."""
+    """No test reads or writes the user's caches; what DeepSpeed compiles is shared by the workers of one run alone."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(shared / "torch_extensions")
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
 

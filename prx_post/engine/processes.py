@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -30,6 +31,9 @@ SUPPORTED = (
     *(DistributedType.MULTI_NPU, DistributedType.DEEPSPEED),
 )
 """Not FSDP, whose split weights partition.py does not know."""
+
+ABANDONED_AFTER_S = 1800
+"""Age of a build's lock from which on nobody is taken to be building."""
 
 EXPECTED_PROCESSES = "PRX_POST_NUM_PROCESSES"
 """Environment variable in which our launcher says how many processes it was asked for."""
@@ -104,6 +108,7 @@ def deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
             offload_optimizer_device="cpu" if config.deepspeed.endswith("_offload") else "none",
             zero3_init_flag=False,
         )
+    check_no_abandoned_build()
     settings = plugin.deepspeed_config
     zero = settings["zero_optimization"]
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
@@ -124,6 +129,27 @@ def deepspeed_plugin(config: TrainConfig) -> DeepSpeedPlugin | None:
     # A small weight that stays gathered would not follow when the averaged weights are swapped in.
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return plugin
+
+
+def check_no_abandoned_build() -> None:
+    """DeepSpeed compiles what it needs at a first run; killed meanwhile, it leaves a lock later runs wait for.
+
+    Raises:
+        PrxPostError: there is such a lock, too old for a build that goes on.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in sorted(root.rglob("lock")):
+        try:
+            age_s = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:  # others' build ended just now
+            continue
+        if age_s > ABANDONED_AFTER_S:
+            raise PrxPostError(
+                f"{lock} is {age_s / 3600:.1f} h old: a build of that extension was killed, and DeepSpeed would wait "
+                f"for it without end. Delete {lock.parent}."
+            )
 
 
 def split_frozen(module: Any, accelerator: Accelerator) -> Any:

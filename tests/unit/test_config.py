@@ -1,13 +1,15 @@
 import json
+import os
 import re
+import time
 
 import pytest
 
-from prx_post.base.errors import ConfigError
+from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.base.parsing import parse, setting
 from prx_post.data.config import DataConfig
 from prx_post.engine.config import TrainConfig
-from prx_post.engine.processes import read_deepspeed_json
+from prx_post.engine.processes import check_no_abandoned_build, read_deepspeed_json
 from prx_post.generate import GenerateConfig
 from prx_post.model.config import ModelConfig
 from prx_post.stages.sft.config import SFTConfig
@@ -161,6 +163,18 @@ def test_a_deepspeed_file_may_not_contradict_the_run(tmp_path, content, message)
         read_deepspeed_json(str(path))
     with pytest.raises(ConfigError, match="which cannot be read"):
         read_deepspeed_json(str(tmp_path / "absent.json"))
+
+
+def test_the_lock_of_a_killed_build_is_named_and_a_new_one_is_let_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    check_no_abandoned_build()
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    check_no_abandoned_build()
+    os.utime(lock, (0, time.time() - 3 * 3600))
+    with pytest.raises(PrxPostError, match=rf"{lock} is 3\.0 h old: .* Delete {lock.parent}\."):
+        check_no_abandoned_build()
 
 
 def test_a_key_that_stands_twice_is_refused_by_name(tmp_path):
