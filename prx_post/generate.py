@@ -9,7 +9,7 @@ from prx_post.base.files import existing_file, make_folder, require_empty
 from prx_post.base.parsing import parse
 from prx_post.base.settings import doc
 from prx_post.data.prompts import read_prompt_file
-from prx_post.model.config import DrawConfig
+from prx_post.model.config import NOISE_LEVEL, WAYS_TO_DRAW, DrawConfig, noise_level_of
 
 
 @dataclass
@@ -23,10 +23,22 @@ class GenerateConfig(DrawConfig):
     )
     model_revision: str | None = doc("Hub revision of the checkpoint.", None)
     adapter: str | None = doc("Folder of a LoRA adapter for it, such as a run's final-adapter.", None)
+    sampler: str | None = doc(
+        "`euler`, `renoise`, or `cps`, which stands between them; null: the checkpoint's own.",
+        None,
+        one_of=WAYS_TO_DRAW,
+    )
+    noise_level: float | None = doc(
+        f"Of `cps`: at 0 it is `euler`, at 1 `renoise`; null: {NOISE_LEVEL}.", None, between=(0, 1)
+    )
     prompts: list[str] = doc("Prompts.", [])
     prompts_file: str | None = doc(
         "Text with a prompt on each line, or .jsonl, .json, .csv, .tsv with a `prompt` each.", None
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        noise_level_of(self.sampler, self.noise_level)
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
@@ -56,6 +68,7 @@ def generate(config: GenerateConfig) -> None:
     from prx_post.model.inference import choose, describe
     from prx_post.model.lora import with_adapter
     from prx_post.model.sampler import build_sampler, default_device, generate_images, png_info
+    from prx_post.model.scheduler import rescheduled
     from prx_post.model.text import PromptCleaner
 
     prompts = read_prompts(config)
@@ -66,13 +79,17 @@ def generate(config: GenerateConfig) -> None:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device, dtype = default_device(), DTYPES[config.dtype]
-    print(describe(size, chosen, pipeline.sampler, own))
+    noise_level = noise_level_of(config.sampler, config.noise_level)
+    print(describe(size, chosen, config.sampler or pipeline.sampler, own, noise_level))
     cleaner = PromptCleaner(chosen.skip_text_cleaning)
     cleaner.warn_of_lost(prompts)
     make_folder(output_dir)
     encoders = Encoders(pipeline, cleaner, device, dtype)
     checkpoint = load(pipeline, dtype)
-    sampler = build_sampler(checkpoint, size, chosen.num_inference_steps, chosen.guidance_scale, device)
+    if config.sampler is not None:
+        checkpoint.scheduler = rescheduled(checkpoint.scheduler, sampler=config.sampler)
+    steps, guidance = chosen.num_inference_steps, chosen.guidance_scale
+    sampler = build_sampler(checkpoint, size, steps, guidance, device, noise_level)
 
     jobs = [(prompt, seed) for prompt in prompts for seed in config.seeds]
     images = generate_images(
@@ -83,8 +100,10 @@ def generate(config: GenerateConfig) -> None:
         settings = {
             "prompt": prompt,
             "seed": seed,
-            "num_inference_steps": chosen.num_inference_steps,
-            "guidance_scale": chosen.guidance_scale,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "sampler": config.sampler or pipeline.sampler,
+            **({} if noise_level is None else {"noise_level": noise_level}),
             "height": size[0],
             "width": size[1],
             "checkpoint": config.model_name_or_path,

@@ -53,6 +53,22 @@ def renoise_sample(velocity: VelocityFunction, noise: Tensor, sigmas: Tensor, fr
     return x
 
 
+@torch.no_grad()
+def cps_sample(
+    velocity: VelocityFunction, noise: Tensor, sigmas: Tensor, fresh: Callable[[int], Tensor], noise_level: float
+) -> Tensor:
+    """Steps of `cps_step`: between `euler_sample`, at noise_level 0, and `renoise_sample`, at 1.
+
+    Args:
+        fresh: step number, counted from 1 -> noise like `noise`.
+    """
+    x = noise
+    for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True), start=1):
+        t = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
+        x = cps_step(x, velocity(x, t), sigma, sigma_next, noise_level=noise_level, noise=fresh(step)).x_next
+    return x
+
+
 @dataclass(frozen=True)
 class SDEStep:
     """A step from x_t to a state drawn from N(mean, std²).

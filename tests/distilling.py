@@ -5,18 +5,30 @@ from pathlib import Path
 import torch
 
 from prx_post.data.encoders import Encoders
+from prx_post.data.plan import Draw
 from prx_post.model.checkpoint import load
 from prx_post.model.config import ModelConfig
 from prx_post.model.heads import DiscriminatorHeads
 from prx_post.model.text import PromptCleaner, pad_embeddings
 from prx_post.stages.distill.config import DistillConfig, TeacherConfig
-from prx_post.stages.distill.objective import DistillationObjective, Randomness, Teacher
+from prx_post.stages.distill.levels import Randomness
+from prx_post.stages.distill.objective import DistillationObjective, Teacher
 from prx_post.stages.distill.terms import Adversarial, DistributionMatching, Trajectory
 from prx_post.tiny import BASE
 
 PROMPTS = ["472", "eighty-one", "trois cent six", "neunhundertfünf", "12", "77", "five hundred"]
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.3, 0.0])
 GUIDANCE = 3.0
+
+
+BY_LEVEL = {
+    "method": ["trajectory", "ladd"],
+    "trajectory_levels": [2.0, 1.0, 0.0, 0.0],
+    "ladd_levels": [0.0, 0.0, 0.5, 0.5],
+    "own_state_levels": [0.0, 0.3, 0.6, 1.0],
+    "sampler": "renoise",
+}
+"""A run whose methods have levels of their own, of four."""
 
 
 def config(**changes) -> DistillConfig:
@@ -113,8 +125,8 @@ def batch(count: int = 3, step: int = 0, levels: list[float] | None = None) -> d
     embeds, mask = prompts(*["472", "eighty-one", "trois cent six", "12"][:count])
     latents = torch.randn(count, 4, 8, 16, generator=torch.Generator().manual_seed(5))
     seeds = [11 + 100 * i for i in range(count)]
-    draw = Randomness(lambda step: torch.tensor(levels or [1.0] * 4, dtype=torch.float32), DENSITIES, has_r1=True)
-    drawn = [draw(seed, latents.shape[1:], step) for seed in seeds]
+    draw = Randomness(torch.tensor(levels or [1.0] * 4, dtype=torch.float32), renoising=DENSITIES, has_r1=True)
+    drawn = [draw(Draw(0, seed), latents.shape[1:], step) for seed in seeds]
     given = {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
     return {
         **{"latents": latents, "prompt_embeds": embeds, "prompt_mask": mask},

@@ -36,8 +36,8 @@ class DenoiseObjective(Objective):
         return loss, {"x0_mse": loss.detach()}
 
 
-def noise(seed, shape, step):
-    return {"noise": torch.randn(*shape, generator=torch.Generator().manual_seed(seed))}
+def noise(draw, shape, step):
+    return {"noise": torch.randn(*shape, generator=torch.Generator().manual_seed(draw.seed))}
 
 
 class Denoise(CaptionedStage):

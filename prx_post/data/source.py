@@ -18,18 +18,18 @@ from prx_post.engine.protocols import Batch
 from prx_post.flow import sample_timesteps
 from prx_post.model.text import pad_embeddings
 
-Randomness = Callable[[int, Sequence[int], int], dict[str, Tensor]]
-"""(seed of a draw, shape of its latents, step) -> everything random about it, by name; stacked to [B, ...]."""
+Randomness = Callable[[Draw, Sequence[int], int], dict[str, Tensor]]
+"""(a draw, shape of its latents, step) -> everything random about it, by name; stacked to [B, ...]."""
 
 
-def timestep_and_noise(seed: int, shape: Sequence[int], step: int, **density: float) -> dict[str, Tensor]:
+def timestep_and_noise(draw: Draw, shape: Sequence[int], step: int, **density: float) -> dict[str, Tensor]:
     """What is random about a sample: `t`, a scalar, by the density of `flow.sample_timesteps`; `noise` of `shape`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(draw.seed)
     (t,) = sample_timesteps(1, generator=generator, **density)
     return {"t": t, "noise": torch.randn(*shape, generator=generator)}
 
 
-def no_randomness(seed: int, shape: Sequence[int], step: int) -> dict[str, Tensor]:
+def no_randomness(draw: Draw, shape: Sequence[int], step: int) -> dict[str, Tensor]:
     return {}
 
 
@@ -82,7 +82,7 @@ class LatentSource:
         embeds, mask = pad_embeddings(
             [self._embedding(s, d) for s, d in zip(samples, draws, strict=True)], self.pad_length
         )
-        drawn = [self.randomness(draw.seed, latents.shape[1:], step) for draw in draws]
+        drawn = [self.randomness(draw, latents.shape[1:], step) for draw in draws]
         batch = {
             "latents": latents,
             "prompt_embeds": embeds,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 
@@ -54,9 +55,8 @@ class Window:
         self._pending = []
 
     def close(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over the steps that had a metric, and processes; nan for a window of which every step was skipped."""
-        sums = {name: total.to(accelerator.device) for name, total in self.sums.items()}
-        means = {name: float(accelerator.reduce(total / self.counts[name], "mean")) for name, total in sums.items()}
+        """Means over the micro-batches, of all processes, that had a metric; nan if every step was skipped."""
+        means = {name: total / count for name, (total, count) in self._totals(accelerator).items()}
         # after the sums were read, so that a GPU has caught up
         elapsed = time.perf_counter() - self._began - self.excluded_s
         return {
@@ -68,6 +68,17 @@ class Window:
             "data_wait_fraction": self.waited_s / elapsed,
             "peak_memory_gib": peak_memory_gib(),
         }
+
+    def _totals(self, accelerator: Accelerator) -> dict[str, tuple[float, float]]:
+        """Sum and count of each metric on all processes, not every one of which needs to have had it."""
+        names, device = list(dict.fromkeys(gather_object(list(self.sums)))), accelerator.device
+        if not names:
+            return {}
+        absent = torch.zeros((), device=device)
+        sums = torch.stack([self.sums.get(name, absent).to(device, torch.float32) for name in names])
+        counts = torch.tensor([self.counts.get(name, 0.0) for name in names], device=device)
+        totals, numbers = accelerator.reduce(torch.stack([sums, counts]), "sum").tolist()
+        return {name: (totals[i], numbers[i]) for i, name in enumerate(names)}
 
 
 def peak_memory_gib() -> float:

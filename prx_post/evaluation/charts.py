@@ -77,7 +77,8 @@ def series_of(checkpoints: Mapping[str, Mapping[str, Any]]) -> list[Series]:
     """
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, result in checkpoints.items():
-        key = (result["source"], result["guidance_scale"], result.get("shift_terminal"), result.get("sampler"))
+        sampling = ("shift_terminal", "sampler", "noise_level")
+        key = (result["source"], result["guidance_scale"], *(result.get(name) for name in sampling))
         groups.setdefault(key, []).append(name)
     labels = [_common_start(names) for names in groups.values()]
     guided = [f"{label}, guidance {key[1]:g}" for label, key in zip(labels, groups, strict=True)]

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 from prx_post.base.errors import ConfigError
 from prx_post.base.settings import doc, require, require_one_of
 from prx_post.evaluation.features import NEEDS_REFERENCE, MetricSpec
-from prx_post.model.config import DTYPE_NAMES, SAMPLERS, DrawConfig
+from prx_post.model.config import DTYPE_NAMES, WAYS_TO_DRAW, DrawConfig, noise_level_of
 from prx_post.rewards.registry import parse_specs
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
@@ -18,6 +18,7 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "guidance_scale": float,
     "shift_terminal": float,
     "sampler": str,
+    "noise_level": float,
     "adapter": str,
 }
 """What may differ from checkpoint to checkpoint, and its type."""
@@ -39,7 +40,9 @@ class CheckpointSpec:
     shift_terminal: float | None = None
     """Last noise level before 0, in place of the scheduler's own; 0: as its shift alone puts it."""
     sampler: str | None = None
-    """One of SAMPLERS, in place of the scheduler's own."""
+    """One of WAYS_TO_DRAW, in place of the scheduler's own."""
+    noise_level: float | None = None
+    """Of `cps`; None for other samplers."""
     adapter: str | None = None
     """Folder of a LoRA adapter."""
 
@@ -72,7 +75,11 @@ class CheckpointSpec:
         reason, action = "it counts something", "Set it to 8, for instance"
         require(steps is None or steps > 0, "num_inference_steps", steps, "above 0", reason, action)
         if spec.sampler is not None:
-            require_one_of(f"sampler of checkpoint {name}", spec.sampler, SAMPLERS)
+            require_one_of(f"sampler of checkpoint {name}", spec.sampler, WAYS_TO_DRAW)
+        level = spec.noise_level
+        in_range = level is None or 0 <= level <= 1
+        require(in_range, "noise_level", level, "between 0 and 1", "it is a fraction", "Set it to 0.5, for instance")
+        spec = replace(spec, noise_level=noise_level_of(spec.sampler, level))
         last = spec.shift_terminal
         if last is not None:
             action = "Set it to 0.3, or to 0 for the scheduler's plain shift"
@@ -92,7 +99,8 @@ class EvalConfig(DrawConfig):
     checkpoints: list[str] = doc(
         "`name=folder or Hub id`, one or more; the first is the baseline. Settings of one alone follow a question "
         "mark: `student=runs/student?num_inference_steps=8&guidance_scale=1`; `shift_terminal` and `sampler` (`euler`, "
-        "`renoise`), too, in place of its scheduler's; and `adapter`, a folder with one for it.",
+        "`renoise`, or `cps` with its `noise_level`), too, in place of its scheduler's; and `adapter`, "
+        "a folder with one for it.",
         [],
     )
     prompts: list[str] = doc("Prompts; a set of that name.", [])

@@ -62,7 +62,8 @@ class Gallery:
 
     def describe(self) -> str:
         sampler = self.spec.sampler or self.pipeline.sampler
-        return f"{self.spec.name}: {describe(self.size, self.settings, sampler, self.own)}"
+        said = describe(self.size, self.settings, sampler, self.own, self.spec.noise_level)
+        return f"{self.spec.name}: {said}"
 
     @property
     def folder(self) -> Path:
@@ -105,6 +106,7 @@ class Gallery:
             "num_inference_steps": self.settings.num_inference_steps,
             "guidance_scale": self.settings.guidance_scale,
             **self.spec.scheduler_changes,
+            **({} if self.spec.noise_level is None else {"noise_level": self.spec.noise_level}),
             "height": self.size[0],
             "width": self.size[1],
             "dtype": config.dtype,
@@ -155,7 +157,7 @@ def fill(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, ranks: Ranks
     spec = gallery.spec
     checkpoint.scheduler = rescheduled(checkpoint.scheduler, **spec.scheduler_changes)
     steps, guidance = gallery.settings.num_inference_steps, gallery.settings.guidance_scale
-    sampler = build_sampler(checkpoint, gallery.size, steps, guidance, device)
+    sampler = build_sampler(checkpoint, gallery.size, steps, guidance, device, spec.noise_level)
     encoders.prompts, encoders.codec  # load both before the clock starts  # noqa: B018
     embed = _Memo(encoders)
     count, seconds = 0, 0.0

@@ -12,6 +12,10 @@ EMBEDDED = Path(prx_post.__file__).parent / "tiny" / "weights"
 DTYPE_NAMES = ("float32", "bfloat16")
 SAMPLERS = ("euler", "renoise")
 """`euler` follows the flow; `renoise` goes to x0 at every step and back up with new noise."""
+WAYS_TO_DRAW = (*SAMPLERS, "cps")
+"""`cps` stands between them; no scheduler of diffusers has it, so no checkpoint names it as its own."""
+NOISE_LEVEL = 0.5
+"""Of `cps`, where none is given: 0 is `euler`, 1 is `renoise`."""
 ATTENTION_HEADS = 4
 """Of a discriminator head's cross-attention."""
 GUIDANCE: dict[str, Any] = {
@@ -79,3 +83,10 @@ class DrawConfig:
         for seed in self.seeds:
             rule, reason = "from 0 to 2^31 - 1", "noise seeds are made of it"
             require(0 <= seed < 2**31, "seeds", seed, rule, reason, "Choose other seeds")
+
+
+def noise_level_of(sampler: str | None, noise_level: float | None) -> float | None:
+    """What a sampler's `noise_level` is: None, but for `cps`. Raises ConfigError if one is given for another."""
+    reason, action = f"sampler is {sampler!r}", "Set sampler to cps, or leave it out"
+    require(noise_level is None or sampler == "cps", "noise_level", noise_level, "null", reason, action)
+    return (NOISE_LEVEL if noise_level is None else noise_level) if sampler == "cps" else None

@@ -96,13 +96,15 @@ def choose(given: Inference | Any, own: Inference | None) -> tuple[Inference, li
     return chosen, [name for name in left if own is not None and getattr(own, name) is not None]
 
 
-def describe(size: tuple[int, int], settings: Inference, sampler: str, own: Sequence[str]) -> str:
+def describe(
+    size: tuple[int, int], settings: Inference, sampler: str, own: Sequence[str], noise_level: float | None = None
+) -> str:
     """One line, such as `64x32, 8 steps, guidance 1 (from the checkpoint)`; width first, as images are named."""
     steps = settings.num_inference_steps
     counted = f"{steps} step{'' if steps == 1 else 's'}"
     parts = [f"{size[1]}x{size[0]}", counted, f"guidance {settings.guidance_scale:g}"]
     if sampler != "euler":
-        parts.append(f"sampler {sampler}")
+        parts.append(f"sampler {sampler}{'' if noise_level is None else f' {noise_level:g}'}")
     if settings.skip_text_cleaning:
         parts.append("light text cleaning")
     from_it = [word for name, word in SAID.items() if name in own]

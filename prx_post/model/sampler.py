@@ -16,7 +16,7 @@ from prx_post.model.checkpoint import Checkpoint
 from prx_post.model.codec import to_images
 from prx_post.model.denoiser import guided
 from prx_post.model.text import pad_embeddings
-from prx_post.sampling import euler_sample, renoise_sample
+from prx_post.sampling import cps_sample, euler_sample, renoise_sample
 
 Embed = Callable[[str], Tensor]
 """prompt -> embedding without padding, [L, D]"""
@@ -41,6 +41,8 @@ class Sampler:
     """Tokens that prompts are padded to; the tokenizer's model_max_length, as in the pipeline."""
     autocast: bool = False
     """bfloat16 autocast, for a transformer whose weights are float32 while it is trained so."""
+    noise_level: float | None = None
+    """Of coefficients-preserving sampling; None: as the scheduler steps."""
 
     @torch.no_grad()
     def latents(
@@ -72,6 +74,8 @@ class Sampler:
         noise = seeded_noise(seeds, self.latent_shape).to(self.device)
         sigmas = inference_sigmas(self.scheduler, self.num_inference_steps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            if self.noise_level is not None:
+                return cps_sample(step, noise, sigmas, lambda number: self.fresh_noise(seeds, number), self.noise_level)
             if self.scheduler.config.stochastic_sampling:
                 return renoise_sample(step, noise, sigmas, lambda number: self.fresh_noise(seeds, number))
             return euler_sample(step, noise, sigmas)
@@ -109,7 +113,12 @@ def default_device() -> torch.device:
 
 
 def build_sampler(
-    checkpoint: Checkpoint, size: tuple[int, int], num_inference_steps: int, guidance_scale: float, device: torch.device
+    checkpoint: Checkpoint,
+    size: tuple[int, int],
+    num_inference_steps: int,
+    guidance_scale: float,
+    device: torch.device,
+    noise_level: float | None = None,
 ) -> Sampler:
     pipeline = checkpoint.pipeline
     return Sampler(
@@ -120,6 +129,7 @@ def build_sampler(
         latent_shape=pipeline.latent_shape(*size),
         device=device,
         pad_length=pipeline.max_prompt_tokens,
+        noise_level=noise_level,
     )
 
 

@@ -19,13 +19,24 @@ def path_velocity(x_t: Tensor, x_next: Tensor, t: Tensor, t_next: Tensor) -> Ten
     return (x_t.float() - x_next.float()) / (t - t_next).view(shape)
 
 
-def trajectory_loss(velocity: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
-    """Mean squared error of the student's velocity to `path_velocity`; loss and `trajectory_mse`."""
-    loss = (velocity.float() - target.float()).square().mean()
-    return loss, {"trajectory_mse": loss.detach()}
+def trajectory_loss(velocity: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Metrics]:
+    """Mean squared error of the student's velocity to `path_velocity`; loss and `trajectory_mse`.
+
+    Args:
+        weight: [B], of each sample in the loss; None: 1.
+    """
+    error = (velocity.float() - target.float()).square()
+    return weighted_mean(error, weight), {"trajectory_mse": error.detach().mean()}
 
 
-def distribution_matching_loss(x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> tuple[Tensor, Metrics]:
+def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean over everything of values [B, ...], each sample's times its weight, [B]."""
+    return values.mean() if weight is None else (values.flatten(1).mean(1) * weight).mean()
+
+
+def distribution_matching_loss(
+    x0: Tensor, real_x0: Tensor, fake_x0: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Metrics]:
     """Distribution matching distillation (Yin et al. 2024, eq. 7 and 8, in x0 form).
 
     x0 is pulled along fake_x0 - real_x0, the difference of what two denoisers see in the re-noised x0, divided per
@@ -34,6 +45,7 @@ def distribution_matching_loss(x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> 
     Args:
         x0: the student's samples, with a graph.
         real_x0, fake_x0: the teacher's (guided) and the fake-score network's denoised samples; no gradient flows there.
+        weight: [B], of each sample in the loss; None: 1.
 
     Returns:
         loss (fp32 scalar), metrics with `dmd_gradient`, the mean size of the pull.
@@ -43,4 +55,4 @@ def distribution_matching_loss(x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> 
         distance = (x0_now - real).abs().flatten(1).mean(1).clamp_min(1e-6)
         pull = (fake - real) / distance.view(-1, *[1] * (x0.dim() - 1))
         target = x0_now - pull
-    return 0.5 * (x0.float() - target).square().mean(), {"dmd_gradient": pull.abs().mean()}
+    return 0.5 * weighted_mean((x0.float() - target).square(), weight), {"dmd_gradient": pull.abs().mean()}

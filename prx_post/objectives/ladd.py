@@ -9,9 +9,14 @@ from torch import Tensor
 Metrics = dict[str, Tensor]
 
 
-def generator_loss(fake_logits: Tensor) -> Tensor:
-    """-mean D(fake): what the student lowers (Sauer et al. 2024, section 3.1). fp32 scalar."""
-    return -fake_logits.float().mean()
+def generator_loss(fake_logits: Tensor, weight: Tensor | None = None) -> Tensor:
+    """-mean D(fake): what the student lowers (Sauer et al. 2024, section 3.1). fp32 scalar.
+
+    Args:
+        weight: [B], of each sample; None: 1.
+    """
+    logits = fake_logits.float()
+    return -(logits.mean() if weight is None else (logits * weight[:, None]).mean())
 
 
 def discriminator_loss(

@@ -14,7 +14,7 @@ from prx_post.evaluation import monitor
 from prx_post.flow import inference_sigmas, seeded_noise
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.stages.distill.pipelines import student_scheduler
-from tests.distilling import PROMPTS, settings
+from tests.distilling import BY_LEVEL, PROMPTS, settings
 from tests.faults import weights
 from tests.running import train_distill as train
 
@@ -136,10 +136,13 @@ METHODS = [
     {"method": ["dmd2"], "use_peft": True, "lora_r": 4, "velocity_weight": 0.1},
     # the heads have what AdamW takes beside Muon; of a full student Muon would take 2 s a step here
     {"method": ["ladd"], "bf16": True, "gradient_checkpointing": True, "optim": "muon", "use_peft": True, "lora_r": 4},
+    {**BY_LEVEL, "mismatch_fraction": 0.4},
 ]
 
 
-@pytest.mark.parametrize("changes", METHODS, ids=["trajectory", "ladd", "dmd2+ladd", "lora", "dmd2-lora", "bf16-muon"])
+@pytest.mark.parametrize(
+    "changes", METHODS, ids=["trajectory", "ladd", "dmd2+ladd", "lora", "dmd2-lora", "bf16-muon", "by-level"]
+)
 def test_a_resumed_run_is_bit_identical(prompts_file, warm_cache, tmp_path, changes):
     common = {"save_steps": 2, "gradient_accumulation_steps": 2, **changes}
     train(*settings(prompts_file, warm_cache, tmp_path / "whole", **common))

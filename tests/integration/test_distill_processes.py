@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prx_post.engine.checkpointing import open_checkpoint
-from tests.distilling import arguments
+from tests.distilling import BY_LEVEL, arguments
 from tests.faults import differences, numbers
 from tests.processes import Processes, run
 
@@ -41,6 +41,21 @@ def runs(prompts_file, tmp_path_factory):
         return folder / mode
 
     return get
+
+
+def test_methods_by_level_and_own_states_are_those_of_one_process(prompts_file, tmp_path):
+    """Also where a process has no sample of a method, in one step or in all."""
+    for count, mode in ((1, "one"), (2, "ddp")):
+        waits = {"discriminator_warmup_steps": 0, "discriminator_steps_per_generator": 1, "max_steps": 4}
+        run(count, call(mode, prompts_file, tmp_path / "cache", tmp_path / mode, **waits, **BY_LEVEL))
+    ours, theirs = numbers(tmp_path / "ddp"), numbers(tmp_path / "one")
+    assert len(theirs) == 4
+    for mine, yours in zip(ours[:3], theirs[:3], strict=True):
+        assert mine.keys() == yours.keys()
+        for name in ("loss", "grad_norm"):
+            assert mine[name] == pytest.approx(yours[name], rel=1e-3), name
+    seen = {name for line in theirs for name in ("trajectory_mse", "generator_loss") if name in line}
+    assert seen == {"trajectory_mse", "generator_loss"}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,11 +1,15 @@
 """Our sampling and prompt encoding against stock PRXPipeline."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import PRXPipeline
 
 from prx_post.data.encoders import Encoders
+from prx_post.flow import seeded_noise
 from prx_post.model.checkpoint import load
 from prx_post.model.sampler import Sampler, build_sampler, generate_images
 from prx_post.model.text import PromptCleaner, PromptEncoder
@@ -45,6 +49,38 @@ def test_our_euler_sampler_equals_the_pipeline(pipe, base, guidance, steps):
     # Both run the same network on the same noise. What differs is rounding: the pipeline passes sigma·1000/1000, a
     # relative error of 1e-7 in t, which 28 steps of a network with gain about 1 amplify to some 1e-5.
     assert (ours - theirs).abs().max().item() < 2e-4
+    assert theirs.std() > 0.3
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.4, 1.0])
+def test_the_documented_scheduler_makes_stock_diffusers_sample_as_cps_does(base, monkeypatch, noise_level):
+    page = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text()
+    block = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "class CPSScheduler" in block)
+    scope: dict = {}
+    exec(block, scope)
+    checkpoint = load(str(base))
+    encoders = Encoders(checkpoint.pipeline, PromptCleaner(), CPU, torch.float32)
+    sampler = build_sampler(checkpoint, SIZE, 4, 2.0, CPU, noise_level)
+    ours = sampler.latents([encoders.prompts("472")], encoders.prompts(""), [11])
+
+    pipe = PRXPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = scope["CPSScheduler"].from_config(pipe.scheduler.config)
+    pipe.scheduler.noise_level = noise_level
+    first = seeded_noise([11], sampler.latent_shape)
+    fresh = iter([sampler.fresh_noise([11], step) for step in (1, 2, 3, 4)])
+    monkeypatch.setattr(torch, "randn", lambda shape: next(fresh))
+    theirs = pipe(
+        "472",
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        latents=first,
+        use_resolution_binning=False,
+        output_type="latent",
+    ).images
+    assert (ours - theirs).abs().max().item() < 2e-4  # rounding, as above
     assert theirs.std() > 0.3
 
 

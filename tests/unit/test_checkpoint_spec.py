@@ -40,3 +40,14 @@ def test_without_changes_the_scheduler_is_the_checkpoints_own():
 def test_what_cannot_be_is_named(query, message):
     with pytest.raises(ConfigError, match=message):
         CheckpointSpec.parse(f"s=run?{query}", 8, 1.0)
+
+
+def test_cps_has_a_noise_level_and_no_other_sampler_has_one():
+    spec = CheckpointSpec.parse("s=run?sampler=cps&noise_level=0.3", 8, 1.0)
+    assert (spec.sampler, spec.noise_level) == ("cps", 0.3)
+    assert CheckpointSpec.parse("s=run?sampler=cps", 8, 1.0).noise_level == 0.5
+    assert CheckpointSpec.parse("s=run?sampler=renoise", 8, 1.0).noise_level is None
+    with pytest.raises(ConfigError, match="noise_level is 0.3, but must be null because sampler is 'renoise'"):
+        CheckpointSpec.parse("s=run?sampler=renoise&noise_level=0.3", 8, 1.0)
+    with pytest.raises(ConfigError, match=r"noise_level is 1.5, but must be between 0 and 1"):
+        CheckpointSpec.parse("s=run?sampler=cps&noise_level=1.5", 8, 1.0)

@@ -27,7 +27,6 @@ from tests.distilling import config
         ({"discriminator_warmup_steps": 100}, "max_steps is 100, but must be 101 or more because the student learns"),
         ({"discriminator_steps_per_generator": 101}, "max_steps is 100, but must be 101 or more"),
         ({"renoise_mean": float("nan")}, "renoise_mean is nan, but must be finite"),
-        ({"method": ["trajectory"], "sampler": "renoise"}, "sampler is 'renoise', but must be euler with trajectory"),
         ({"method": ["trajectory"], "discriminator_warmup_steps": 5}, "has no discriminator"),
         ({"deepspeed": "zero3"}, "deepspeed is 'zero3', but must be zero1 or zero2 because the frozen teacher"),
         ({"deepspeed": "zero2_offload", "discriminator_warmup_steps": 5}, "optimizer on the CPU"),

@@ -6,10 +6,11 @@ from collections import Counter
 import pytest
 import torch
 
+from prx_post.data.plan import Draw
 from prx_post.flow import interpolate
 from prx_post.model.denoiser import predict_velocity
 from prx_post.objectives import ladd
-from prx_post.stages.distill.objective import Randomness
+from prx_post.stages.distill.levels import Randomness
 from tests.distilling import DENSITIES, GUIDANCE, SIGMAS, batch, config, objective
 
 
@@ -56,17 +57,18 @@ def test_pure_noise_goes_to_the_student_only_at_level_one():
 
 
 def test_levels_are_drawn_as_often_as_their_weights_say():
-    draw = Randomness(lambda step: torch.tensor([0.7, 0.1, 0.1, 0.1]), {})
-    counts = Counter(int(draw(seed, (1,), 0)["level"]) for seed in range(600))
+    draw = Randomness(torch.tensor([0.7, 0.1, 0.1, 0.1]))
+    counts = Counter(int(draw(Draw(0, seed), (1,), 0)["level"]) for seed in range(600))
     # binomial with n = 600: 420 ± 4·11 and 60 ± 4·7.4
     assert 376 < counts[0] < 464
     assert all(30 < counts[level] < 90 for level in (1, 2, 3))
 
 
 def test_a_warm_up_narrows_the_levels_and_then_widens_them():
-    draw = Randomness(lambda step: torch.tensor([0.0, 0, 1, 0] if step < 5 else [1.0, 0, 0, 0]), {})
-    assert {int(draw(seed, (1,), 4)["level"]) for seed in range(20)} == {2}
-    assert {int(draw(seed, (1,), 5)["level"]) for seed in range(20)} == {0}
+    narrow, wide = torch.tensor([0.0, 0, 1, 0]), torch.tensor([1.0, 0, 0, 0])
+    draw = Randomness(wide, warmup_level_weights=narrow, num_warmup_steps=5)
+    assert {int(draw(Draw(0, seed), (1,), 4)["level"]) for seed in range(20)} == {2}
+    assert {int(draw(Draw(0, seed), (1,), 5)["level"]) for seed in range(20)} == {0}
     model = objective()
     assert model.student_step(batch(levels=[0, 0, 1, 0])).t.tolist() == pytest.approx([0.7] * 3)
 
@@ -210,9 +212,9 @@ def test_methods_add_up_by_their_weights():
 
 
 def test_a_samples_draws_depend_on_its_seed_alone_and_no_method_on_the_others():
-    everything = Randomness(lambda step: torch.ones(4), DENSITIES, has_r1=True)
-    dmd2_alone = Randomness(lambda step: torch.ones(4), {"dmd2": DENSITIES["dmd2"]})
-    all_of_it, some = everything(7, (4, 8, 16), 0), dmd2_alone(7, (4, 8, 16), 0)
+    everything = Randomness(torch.ones(4), renoising=DENSITIES, has_r1=True)
+    dmd2_alone = Randomness(torch.ones(4), renoising={"dmd2": DENSITIES["dmd2"]})
+    all_of_it, some = everything(Draw(0, 7), (4, 8, 16), 0), dmd2_alone(Draw(0, 7), (4, 8, 16), 0)
     assert set(some) == {"level", "noise", "dmd2_t", "dmd2_noise"}
     assert all(torch.equal(some[name], all_of_it[name]) for name in some)
     noises = [all_of_it[name] for name in ("noise", "ladd_noise", "dmd2_noise", "r1_noise")]

@@ -60,3 +60,27 @@ def test_renoising_goes_to_x0_and_back_up_with_fresh_noise_by_hand():
     result = sampling.renoise_sample(velocity, noise, torch.tensor([1.0, 0.5, 0.0]), fresh)
     assert seen == [(8.0, 1.0), (1.0, 0.5)]
     assert result.item() == 0.0
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 1.0])
+def test_cps_stands_between_euler_and_renoising(noise_level):
+    sigmas, noise = (
+        torch.tensor([1.0, 0.8, 0.5, 0.0]),
+        torch.randn(2, 4, 4, 8, generator=torch.Generator().manual_seed(1)),
+    )
+
+    def velocity(x, t):
+        return torch.sin(3 * x) + t.view(-1, 1, 1, 1)
+
+    def fresh(step):
+        return torch.randn(2, 4, 4, 8, generator=torch.Generator().manual_seed(10 + step))
+
+    ends = {
+        0.0: sampling.euler_sample(velocity, noise, sigmas),
+        1.0: sampling.renoise_sample(velocity, noise, sigmas, fresh),
+    }
+    assert torch.allclose(
+        sampling.cps_sample(velocity, noise, sigmas, fresh, noise_level), ends[noise_level], atol=1e-5
+    )
+    between = sampling.cps_sample(velocity, noise, sigmas, fresh, 0.5)
+    assert all((between - end).abs().mean() > 0.01 for end in ends.values())

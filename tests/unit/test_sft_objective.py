@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from prx_post.data.plan import Draw
 from prx_post.data.source import timestep_and_noise
 from prx_post.flow import sample_timesteps
 from prx_post.stages.sft.objective import FlowMatchingObjective, immiscible
@@ -55,8 +56,8 @@ def test_a_shift_favours_noise():
 
 
 def test_a_sample_is_drawn_by_its_own_seed_and_the_density_it_is_given():
-    drawn = timestep_and_noise(5, (4, 2, 2), step=0, mean=0.0, std=0.0, shift=3.0, uniform_fraction=0.0)
+    drawn = timestep_and_noise(Draw(0, 5), (4, 2, 2), step=0, mean=0.0, std=0.0, shift=3.0, uniform_fraction=0.0)
     assert drawn["t"].item() == 0.75
-    again = timestep_and_noise(5, (4, 2, 2), step=9, mean=0.0, std=0.0)
+    again = timestep_and_noise(Draw(0, 5), (4, 2, 2), step=9, mean=0.0, std=0.0)
     assert torch.equal(drawn["noise"], again["noise"])
-    assert not torch.equal(drawn["noise"], timestep_and_noise(6, (4, 2, 2), step=0)["noise"])
+    assert not torch.equal(drawn["noise"], timestep_and_noise(Draw(0, 6), (4, 2, 2), step=0)["noise"])

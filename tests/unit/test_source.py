@@ -106,8 +106,8 @@ def test_a_rank_makes_no_draws_but_its_own(monkeypatch):
 
 
 def test_a_batch_holds_what_is_random_about_each_sample_by_its_own_seed():
-    def randomness(seed, shape, step):
-        return {"noise": torch.full(tuple(shape), float(seed % 1000)), "t": torch.tensor(step / 10)}
+    def randomness(draw, shape, step):
+        return {"noise": torch.full(tuple(shape), float(draw.seed % 1000)), "t": torch.tensor(step / 10)}
 
     (batch,) = source(randomness=randomness).batches(3)
     assert batch["latents"][:, 0, 0, 0].tolist() == [float(row) for row in batch["rows"]]

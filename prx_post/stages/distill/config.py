@@ -12,6 +12,7 @@ from prx_post.evaluation.monitor_config import MonitorConfig
 from prx_post.model.config import ATTENTION_HEADS, SAMPLERS, ModelConfig
 
 METHODS = ("trajectory", "ladd", "dmd2")
+BY_LEVEL = "from noise to data"
 WITH_NETWORK = ("ladd", "dmd2")
 """Methods that train a network of their own beside the student."""
 
@@ -105,8 +106,21 @@ class DistillConfig(MonitorConfig):
     timestep_weights: list[float] | None = doc(
         "How often each noise level of the grid is trained, from noise to data; null: equally.", None
     )
-    warmup_timestep_weights: list[float] | None = doc("The same during timestep_warmup_steps.", None)
+    real_timestep_weights: list[float] | None = doc(
+        "The same for real images (real_fraction); null: as for the teacher's latents.", None
+    )
+    warmup_timestep_weights: list[float] | None = doc("The same during timestep_warmup_steps, for all.", None)
     timestep_warmup_steps: int = doc("Steps for which warmup_timestep_weights hold.", 0, at_least=0)
+    trajectory_levels: list[float] | None = doc(
+        "Weight of trajectory's loss at each noise level of the grid, 0 where it is not trained; null: 1 at all.", None
+    )
+    ladd_levels: list[float] | None = doc("The same of ladd's loss for the student.", None)
+    dmd2_levels: list[float] | None = doc("The same of dmd2's.", None)
+    own_state_levels: list[float] | None = doc(
+        "At each noise level, the fraction of the student's inputs that are states which it gets to itself, by "
+        "`sampler`, in place of noised latents; null: none.",
+        None,
+    )
     trajectory_teacher_steps: int = doc("Guided steps of the teacher that one step of the student follows.", 4, above=0)
     velocity_weight: float = doc(
         "Weight of the squared error to the teacher's guided velocity; 0: off.", 0.0, at_least=0
@@ -156,6 +170,7 @@ class DistillConfig(MonitorConfig):
         super().__post_init__()
         self._check_methods()
         self._check_grid()
+        self._check_levels()
         self._check_adversary()
         self._check_evaluation()
 
@@ -183,18 +198,40 @@ class DistillConfig(MonitorConfig):
             reason = "the scheduler divides by zero when it stretches a single level"
             action = "Set it to null: one step has no level to end at"
             require(steps > 1, "shift_terminal", self.shift_terminal, "null for one step", reason, action)
-        reason = "trajectory teaches steps to the next level, and re-noising jumps to x0"
-        ok = self.sampler == "euler" or "trajectory" not in self.method
-        require(ok, "sampler", self.sampler, "euler with trajectory", reason, "Change one of them")
-        for name in ("timestep_weights", "warmup_timestep_weights"):
+        of_methods = [f"{method}_levels" for method in METHODS]
+        for name in ("timestep_weights", "real_timestep_weights", "warmup_timestep_weights", *of_methods):
             weights = getattr(self, name)
             if weights is not None:
                 rule, reason = f"{steps} numbers, 0 or more, not all 0", f"num_inference_steps is {steps}"
                 ok = len(weights) == steps and all(0 <= w < math.inf for w in weights) and sum(weights) > 0
-                require(ok, name, weights, rule, reason, "Give one per step, from noise to data")
+                require(ok, name, weights, rule, reason, f"Give one for each step, {BY_LEVEL}")
         reason, action = "it says for how long warmup_timestep_weights hold", "Set both, or neither"
         both = (self.timestep_warmup_steps > 0) == (self.warmup_timestep_weights is not None)
         require(both, "timestep_warmup_steps", self.timestep_warmup_steps, "set with the weights", reason, action)
+
+    def _check_levels(self) -> None:
+        """What is trained at which level; after _check_grid."""
+        for method in METHODS:
+            weights, reason = getattr(self, f"{method}_levels"), f"method is {self.method}"
+            ok, action = weights is None or method in self.method, "Leave it out, or add the method"
+            require(ok, f"{method}_levels", weights, "null", reason, action)
+        everywhere = [1.0] * self.num_inference_steps
+        more = [weights for weights in (self.real_timestep_weights, self.warmup_timestep_weights) if weights]
+        drawn = [self.timestep_weights or everywhere, *more]
+        trained = [getattr(self, f"{method}_levels") or everywhere for method in self.method]
+        reason, action = "samples are drawn there", "Let a method train it, or set its timestep weights to 0"
+        for level in range(self.num_inference_steps):
+            ok = any(w[level] > 0 for w in trained) or not any(w[level] > 0 for w in drawn)
+            rule = f"above 0 at level {level}, {BY_LEVEL}"
+            require(ok, f"{self.method[0]}_levels", trained[0], rule, reason, action)
+        own = self.own_state_levels
+        if own is not None:
+            rule = f"{self.num_inference_steps} fractions, the first of them 0"
+            ok = len(own) == self.num_inference_steps and all(0 <= part <= 1 for part in own) and own[0] == 0
+            reason, action = "the first level's state is noise, whoever goes there", f"Give one for each, {BY_LEVEL}"
+            require(ok, "own_state_levels", own, rule, reason, action)
+            reason = "it would be compiled anew for each number of own states"
+            require(not self.torch_compile, "torch_compile", True, "false with own_state_levels", reason, "Change one")
 
     def _check_adversary(self) -> None:
         value, action = self.head_width, f"Use {-(-self.head_width // ATTENTION_HEADS) * ATTENTION_HEADS}"
@@ -231,6 +268,12 @@ class DistillConfig(MonitorConfig):
     def _check_evaluation(self) -> None:
         value, reason, action = self.eval_prompts_file, "evaluations need prompts", "Set it, or eval_steps: 0"
         require(bool(value) or not self.eval_steps, "eval_prompts_file", value, "a file", reason, action)
+
+    @property
+    def level_weights(self) -> dict[str, list[float]]:
+        """Weights by level of the methods that have any."""
+        given = {method: getattr(self, f"{method}_levels") for method in self.method}
+        return {method: weights for method, weights in given.items() if weights is not None}
 
     def student_learns(self, step: int) -> bool:
         """Whether optimizer step `step`, counted from 0, changes the student, or only the discriminator."""

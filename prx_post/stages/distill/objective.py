@@ -4,22 +4,25 @@ Shapes: latents [B, C, H, W]; t [B]; prompt embeddings [B, L, E] with masks [B, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from prx_post.data.plan import stream
 from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Prompts
-from prx_post.flow import interpolate, sample_timesteps, x0_from_velocity
+from prx_post.flow import interpolate, x0_from_velocity
 from prx_post.model.denoiser import predict_velocity
 from prx_post.model.frozen import FrozenCopy
 from prx_post.model.heads import block_tokens
+from prx_post.sampling import euler_step, renoise_step
 
 Metrics = dict[str, Tensor]
 Losses = tuple[Tensor | None, Tensor | None, Metrics]
 """The student's loss, the loss of the method's own network, metrics."""
+
+DRAWN = ("ladd_t", "ladd_noise", "dmd2_t", "dmd2_noise", "r1_noise")
+"""What the source draws for the methods."""
 
 
 class Teacher(FrozenCopy):
@@ -56,7 +59,8 @@ class StudentStep:
 
     Attributes:
         velocity: has a graph if the student learns.
-        drawn: what the source drew for the methods, by name.
+        drawn: of DRAWN what there is.
+        weight: of each sample in the student's loss; None: 1.
     """
 
     x0: Tensor
@@ -65,13 +69,25 @@ class StudentStep:
     t_next: Tensor
     velocity: Tensor
     prompts: Prompts
-    drawn: Mapping[str, Any]
+    drawn: Mapping[str, Tensor]
     learns: bool
+    weight: Tensor | None = None
 
     @property
     def sample(self) -> Tensor:
         """The clean sample that the student points to."""
         return x0_from_velocity(self.x_t, self.velocity.float(), self.t)
+
+    def part(self, places: Tensor, weight: Tensor) -> "StudentStep":
+        """The samples at `places` alone, [B'], with their weights [B']."""
+        embeds, mask = self.prompts
+        return replace(
+            self,
+            **{name: getattr(self, name)[places] for name in ("x0", "x_t", "t", "t_next", "velocity")},
+            prompts=(embeds[places], mask[places]),
+            drawn={name: value[places] for name, value in self.drawn.items()},
+            weight=weight,
+        )
 
 
 class Term(Protocol):
@@ -91,6 +107,7 @@ class DistillationObjective(Objective):
         weights: of each method's loss for the student.
         learns: whether an optimizer step, counted from 0, changes the student, or only the networks.
         velocity_weight: of the squared error to the teacher's guided velocity; 0: off.
+        renoises: whether the emitted sampler does, on the way to the student's own states.
     """
 
     def __init__(
@@ -106,79 +123,82 @@ class DistillationObjective(Objective):
         weights: Mapping[str, float],
         learns: Callable[[int], bool],
         velocity_weight: float = 0.0,
+        renoises: bool = False,
     ) -> None:
         super().__init__()
         self.policy, self.networks = policy, nn.ModuleDict(networks)
         self.teacher, self.sigmas, self.terms, self.weights = teacher, sigmas, dict(terms), dict(weights)
         self.learning_rate, self.network_learning_rate = learning_rate, network_learning_rate
-        self.learns, self.velocity_weight = learns, velocity_weight
+        self.learns, self.velocity_weight, self.renoises = learns, velocity_weight, renoises
 
     def groups(self) -> list[ParamGroup]:
         others = [ParamGroup(name, module, self.network_learning_rate) for name, module in self.networks.items()]
         return [ParamGroup(POLICY, self.policy, self.learning_rate, self.learns), *others]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """`batch`: the teacher's latents, or real ones, prompts, and what `randomness` draws."""
+        """`batch`: the teacher's latents, or real ones, prompts, what `Randomness` draws and `Levels` shares out.
+
+        A method's loss is the sum over its own samples, divided by the size of the whole batch.
+        """
         step = self.student_step(batch)
         loss = torch.zeros((), device=step.x0.device)
         metrics: Metrics = {}
         for name, term in self.terms.items():
-            student_loss, own_loss, of_term = term(step)
+            part = step
+            if f"{name}_samples" in batch:
+                part = step.part(batch[f"{name}_samples"], batch[f"{name}_weight"])
+            if not len(part.x0):
+                if name in self.networks:
+                    loss = loss + _no_change(self.networks[name])
+                continue
+            student_loss, own_loss, of_term = term(part)
             metrics |= of_term
+            fraction = len(part.x0) / len(step.x0)
             if student_loss is not None:
-                loss = loss + self.weights[name] * student_loss
+                loss = loss + self.weights[name] * fraction * student_loss
             if own_loss is not None:
-                loss = loss + own_loss
+                loss = loss + fraction * own_loss
         if step.learns and self.velocity_weight:
             target = self.teacher.velocity(step.x_t, step.t, step.prompts)
             error = (step.velocity.float() - target).square().mean()
             loss, metrics["velocity_mse"] = loss + self.velocity_weight * error, error.detach()
-        if not step.learns:  # the student's weights take part all the same: processes reduce every gradient
-            loss = loss + sum(0.0 * p.float().sum() for p in self.policy.parameters() if p.requires_grad)
+        if not step.learns:
+            loss = loss + _no_change(self.policy)
         return loss, metrics
 
     def student_step(self, batch: Batch) -> StudentStep:
-        """Noise the latents to a level of the grid, and ask the student for the velocity there."""
+        """Noise the latents to a level of the grid, or go there, and ask the student for the velocity."""
         x0, level = batch["latents"].float(), batch["level"]
         learns = self.learns(batch["step"])
         sigmas = self.sigmas.to(x0.device)
         t, t_next = sigmas[level], sigmas[level + 1]
         x_t, prompts = interpolate(x0, batch["noise"], t), (batch["prompt_embeds"], batch["prompt_mask"])
+        if "own_samples" in batch:
+            x_t = x_t.index_copy(0, batch["own_samples"], self.own_states(batch, prompts))
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             velocity = predict_velocity(self.policy, x_t, t, *prompts)
-        return StudentStep(x0, x_t, t, t_next, velocity, prompts, batch, learns)
+        drawn = {name: batch[name] for name in DRAWN if name in batch}
+        return StudentStep(x0, x_t, t, t_next, velocity, prompts, drawn, learns)
+
+    @torch.no_grad()
+    def own_states(self, batch: Batch, prompts: Prompts) -> Tensor:
+        """Where the student gets from the noise of `own_samples`, by the emitted sampler. [B', C, H, W] fp32."""
+        places, levels = batch["own_samples"], batch["own_levels"]
+        x_t, embeds, mask = batch["noise"][places], prompts[0][places], prompts[1][places]
+        sigmas = self.sigmas.to(x_t.device)
+        for i in range(levels[0]):
+            going = sum(level > i for level in levels)  # who has farther to go stands first
+            here, t = x_t[:going], sigmas[i].expand(going)
+            velocity = predict_velocity(self.policy, here, t, embeds[:going], mask[:going])
+            if self.renoises:
+                fresh = batch["own_noise"][places[:going], i]
+                here = renoise_step(here, velocity, sigmas[i], sigmas[i + 1], noise=fresh).x_next
+            else:
+                here = euler_step(here, velocity, sigmas[i], sigmas[i + 1])
+            x_t = torch.cat([here, x_t[going:]])
+        return x_t
 
 
-@dataclass(frozen=True)
-class Randomness:
-    """What is random about a sample, each method's from a stream of its own, so that none depends on the others.
-
-    `level`, an index of the student's grid, and `noise`; `<method>_t` and `<method>_noise` of each method that
-    re-noises samples; `r1_noise`.
-
-    Args:
-        level_weights: step -> how often each level is trained, [N].
-        renoising: density of the noise level of each method that re-noises, as of `flow.sample_timesteps`.
-        has_r1: whether the R1 penalty is on.
-    """
-
-    level_weights: Callable[[int], Tensor]
-    renoising: Mapping[str, Mapping[str, float]]
-    has_r1: bool = False
-
-    def __call__(self, seed: int, shape: Sequence[int], step: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        (level,) = torch.multinomial(self.level_weights(step), 1, generator=generator)
-        drawn = {"level": level, "noise": torch.randn(*shape, generator=generator)}
-        for name, density in self.renoising.items():
-            generator = torch.Generator().manual_seed(stream(seed, PURPOSES[name]))
-            (drawn[f"{name}_t"],) = sample_timesteps(1, **density, generator=generator)
-            drawn[f"{name}_noise"] = torch.randn(*shape, generator=generator)
-        if self.has_r1:
-            generator = torch.Generator().manual_seed(stream(seed, PURPOSES["r1"]))
-            drawn["r1_noise"] = torch.randn(*shape, generator=generator)
-        return drawn
-
-
-PURPOSES = {"ladd": 1, "dmd2": 2, "r1": 3}
-"""Numbers of the streams."""
+def _no_change(network: nn.Module) -> Tensor | int:
+    """0, with a gradient of 0 for every weight: processes reduce every gradient."""
+    return sum(0.0 * p.float().sum() for p in network.parameters() if p.requires_grad)

@@ -1,5 +1,6 @@
 """Distillation of a PRX transformer into a student of few steps without guidance."""
 
+import bisect
 import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
@@ -29,8 +30,9 @@ from prx_post.stages.base import Encoded, PipelineStage
 from prx_post.stages.compatibility import check_fit, check_same_encoders
 from prx_post.stages.distill.config import CONFIGS, DistillConfig, TeacherConfig
 from prx_post.stages.distill.latents import read_training_prompts, teacher_latents, with_real_images
+from prx_post.stages.distill.levels import Levels, Randomness
 from prx_post.stages.distill.monitor import StudentMonitor
-from prx_post.stages.distill.objective import DistillationObjective, Randomness, Teacher, Term
+from prx_post.stages.distill.objective import DistillationObjective, Teacher, Term
 from prx_post.stages.distill.pipelines import open_teacher, student_scheduler
 from prx_post.stages.distill.terms import Adversarial, DistributionMatching, Trajectory
 
@@ -51,6 +53,9 @@ class Distill(PipelineStage):
         if "ladd" in config.method:
             check_blocks(config.head_blocks, self.teacher_pipeline.configs["transformer"]["depth"])
         self.student_scheduler, self.sigmas = student_scheduler(self.teacher_pipeline, config)
+        reason, given = f"real_fraction is {teacher.real_fraction}", config.real_timestep_weights
+        ok, action = given is None or teacher.real_fraction > 0, "Leave it out, or set real_fraction"
+        require(ok, "real_timestep_weights", given, "null", reason, action)
         self.image_size = self.size = self.teacher_pipeline.resolve_size(teacher.height, teacher.width)
         self.prompts = [] if planned else read_training_prompts(teacher, self.cleaner)
         self.rows = read_rows(teacher.real_images(self.image_size)) if teacher.real_fraction and not planned else None
@@ -120,6 +125,7 @@ class Distill(PipelineStage):
             weights=dict(zip(config.method, config.method_weights or [1.0] * len(config.method), strict=True)),
             learns=config.student_learns,
             velocity_weight=config.velocity_weight,
+            renoises=config.sampler == "renoise",
         )
 
     def _term(self, method: str, teacher: Teacher, network: Any) -> Term:
@@ -149,6 +155,7 @@ class Distill(PipelineStage):
             *(data.samples, None, data.cache, data.encoders, plan),
             **self.batch_options(run),
             randomness=self.randomness(),
+            arrange=Levels(config.level_weights).arrange,
         )
 
     def randomness(self) -> Randomness:
@@ -158,13 +165,17 @@ class Distill(PipelineStage):
             "dmd2": {"uniform_fraction": 1.0},
         }
         chosen = {name: density for name, density in renoising.items() if name in config.method}
-        return Randomness(self._level_weights, chosen, has_r1="ladd" in config.method and config.r1_weight > 0)
-
-    def _level_weights(self, step: int) -> Tensor:
-        config = self.config
-        is_warm_up = step < config.timestep_warmup_steps
-        weights = config.warmup_timestep_weights if is_warm_up else config.timestep_weights
-        return torch.ones(len(self.sigmas) - 1) if weights is None else torch.tensor(weights)
+        return Randomness(
+            level_weights=torch.tensor(config.timestep_weights or [1.0] * config.num_inference_steps),
+            warmup_level_weights=_tensor(config.warmup_timestep_weights),
+            num_warmup_steps=config.timestep_warmup_steps,
+            real_level_weights=_tensor(config.real_timestep_weights),
+            first_real=len(self.prompts),
+            renoising=chosen,
+            has_r1="ladd" in config.method and config.r1_weight > 0,
+            own_fractions=_tensor(config.own_state_levels),
+            own_is_random=config.sampler == "renoise",
+        )
 
     def monitor(self, run: Run, data: Encoded, objective: Objective) -> Monitor:
         config = self.config
@@ -218,14 +229,35 @@ class Distill(PipelineStage):
     def example(self, run: Run) -> tuple[Any, Batch]:
         """The step in which the student learns: the dearest."""
         config, batch = self.config, self.example_batch(run)
-        drawn = {"level": torch.zeros(len(batch["latents"]), dtype=torch.int64, device=run.device)}
+        levels = self.typical_levels(len(batch["latents"]))
+        shares = Levels(config.level_weights).share_out(levels, self._typically_own(levels))
+        drawn = {"level": torch.tensor(levels), **shares}
+        drawn = {k: v.to(run.device) if isinstance(v, Tensor) else v for k, v in drawn.items()}
         drawn["noise"] = drawn["r1_noise"] = torch.empty_like(batch["latents"])
         for name in self.randomness().renoising:
             drawn[f"{name}_t"] = torch.empty(len(batch["latents"]), device=run.device)
             drawn[f"{name}_noise"] = torch.empty_like(batch["latents"])
+        if config.own_state_levels is not None and config.sampler == "renoise":
+            between = len(config.own_state_levels) - 1
+            drawn["own_noise"] = torch.stack([torch.empty_like(batch["latents"])] * between, dim=1)
         step = next(step for step in range(config.max_steps) if config.student_learns(step))
         null = batch["prompt_embeds"][0]
         return _Planned(null), {**batch, **drawn, "step": step}
+
+    def typical_levels(self, count: int) -> list[int]:
+        """Noise levels of `count` samples, as often as each is drawn after the warm-up."""
+        randomness, fraction = self.randomness(), self.teacher_config.real_fraction
+        often = randomness.level_weights / randomness.level_weights.sum()
+        if randomness.real_level_weights is not None:
+            of_real = randomness.real_level_weights / randomness.real_level_weights.sum()
+            often = (1 - fraction) * often + fraction * of_real
+        upper, middles = often.cumsum(0).tolist(), [(i + 0.5) / count for i in range(count)]
+        return [min(bisect.bisect(upper, middle), len(upper) - 1) for middle in middles]
+
+    def _typically_own(self, levels: list[int]) -> list[bool]:
+        """Of the samples of each level, the first ones."""
+        fractions = self.config.own_state_levels or [0.0] * self.config.num_inference_steps
+        return [i - levels.index(level) < fractions[level] * levels.count(level) for i, level in enumerate(levels)]
 
     def cache_size(self) -> CacheSize | str:
         path = Path(str(self.teacher_config.prompts_file)).expanduser()
@@ -270,6 +302,10 @@ class Distill(PipelineStage):
 
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             heads.calibrate(batches())
+
+
+def _tensor(values: list[float] | None) -> Tensor | None:
+    return None if values is None else torch.tensor(values)
 
 
 @dataclasses.dataclass

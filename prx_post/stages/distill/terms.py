@@ -25,7 +25,8 @@ class Trajectory:
         if not step.learns:
             return None, None, {}
         x_next = self.teacher.follow(step.x_t, step.t, step.t_next, step.prompts, self.num_steps)
-        loss, metrics = trajectory_loss(step.velocity, path_velocity(step.x_t, x_next, step.t, step.t_next))
+        target = path_velocity(step.x_t, x_next, step.t, step.t_next)
+        loss, metrics = trajectory_loss(step.velocity, target, step.weight)
         return loss, None, metrics
 
 
@@ -60,7 +61,8 @@ class Adversarial:
         with torch.no_grad():
             real = self.teacher.tokens(blocks, interpolate(step.x0, noise, t), t, step.prompts)
         real_logits, fake_logits = heads(real, *given), heads(fake.detach(), *given)
-        mismatched = self._mismatched_logits(step, noise, t) if self.mismatch_fraction else None
+        has_neighbours = len(step.x0) > 1
+        mismatched = self._mismatched_logits(step, noise, t) if self.mismatch_fraction and has_neighbours else None
         own = ladd.discriminator_loss(real_logits, fake_logits, mismatched, self.mismatch_fraction)
         metrics = {"discriminator_loss": own.detach(), **ladd.logit_metrics(real_logits, fake_logits, heads.names)}
         if mismatched is not None:
@@ -71,7 +73,7 @@ class Adversarial:
         if not step.learns:
             return None, own, metrics
         frozen = {name: p.detach() for name, p in heads.named_parameters()} | dict(heads.named_buffers())
-        loss = ladd.generator_loss(functional_call(heads, frozen, (fake, *given)))
+        loss = ladd.generator_loss(functional_call(heads, frozen, (fake, *given)), step.weight)
         return loss, own, metrics | {"generator_loss": loss.detach()}
 
     def _mismatched_logits(self, step: StudentStep, noise: Tensor, t: Tensor) -> Tensor:
@@ -115,5 +117,5 @@ class DistributionMatching:
             return None, own, metrics
         real_x0 = x0_from_velocity(x_t, self.teacher.velocity(x_t, t, step.prompts), t)
         fake_x0 = x0_from_velocity(x_t, fake_velocity.detach().float(), t)
-        loss, more = distribution_matching_loss(sample, real_x0, fake_x0)
+        loss, more = distribution_matching_loss(sample, real_x0, fake_x0, step.weight)
         return loss, own, metrics | more

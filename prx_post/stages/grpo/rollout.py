@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
-from prx_post.data.plan import DrawPlan, stream
+from prx_post.data.plan import Draw, DrawPlan, stream
 from prx_post.data.source import timestep_and_noise
 from prx_post.engine.protocols import Batch
 from prx_post.engine.run import Run
@@ -369,12 +369,12 @@ class Rollouts:
         shared = config.method == "dgpo"
         drawn = [
             timestep_and_noise(
-                stream(s.group if shared else s.own, FRESH, iteration, row),
+                Draw(prompt, stream(s.group if shared else s.own, FRESH, iteration, row)),
                 self.latent_shape,
                 rollout.number,
                 **config.timestep_density,
             )
-            for s in seeds
+            for prompt, s in zip(chosen, seeds, strict=True)
         ]
         return batch | {
             "latents": tensors["x0"][images],
