@@ -30,6 +30,24 @@ class Reward(Protocol):
         """What a score depends on besides image and prompt (weights, version, precision); the cache's key."""
 
 
+class DifferentiableReward(Reward, Protocol):
+    """A reward that can be climbed: its score has a gradient with respect to the pixels."""
+
+    gradient: bool
+    """True; a reward without the attribute has none."""
+
+    def of_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B] fp32 of pixels [B, 3, H, W] in 0..1, on their device and with a graph to them.
+
+        They are those of the images but for what has no gradient: rounding to 256 values, and the filter that images
+        are resized with, where a library does it.
+        """
+
+
+def has_gradient(reward: Reward) -> bool:
+    return bool(getattr(reward, "gradient", False))
+
+
 def check_counts(images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
     if len(images) != len(prompts):
         raise PrxPostError(f"a reward got {len(images)} images, but must get as many as prompts ({len(prompts)}).")

@@ -13,7 +13,7 @@ from prx_post.rewards import registry
 from prx_post.rewards.scorers import weights
 from prx_post.rewards.scorers.clip import byte_pair_tokens
 from prx_post.rewards.scorers.hpsv2 import cleaned
-from prx_post.rewards.scorers.pixels import centre_square, normalised, padded_square
+from prx_post.rewards.scorers.pixels import centre_square, normalised, padded_square, unit_range
 from tests import scorer_references
 from tests.scorer_checkpoints import CHECKPOINTS
 
@@ -276,11 +276,12 @@ def test_the_centre_is_cut_out_rounding_halves_to_even(width, left):
 
 
 def test_the_longer_side_fits_and_the_rest_is_black():
-    square = padded_square(Image.new("RGB", (56, 26), "white"), 28)  # 28 × 13: of 15 rows 7 above and 8 below
+    white = unit_range(Image.new("RGB", (56, 26), "white"))[None]
+    square = padded_square(white, 28)[0]  # 28 × 13: of 15 rows 7 above and 8 below
     assert square.shape == (3, 28, 28)
     assert (square.mean(2) > 0.99).nonzero()[:, 1].unique().tolist() == list(range(7, 20))
     assert square[:, :7].abs().max() == square[:, 20:].abs().max() == 0
-    square = padded_square(ramp(13, 28), 28) * 255  # fits as it is
+    square = padded_square(unit_range(ramp(13, 28))[None], 28)[0] * 255  # fits as it is
     assert square[0, 0].round().tolist() == [0] * 7 + list(range(13)) + [0] * 8
     # (0 - 0.48145466) / 0.26862954 and (0 - 0.4578275) / 0.26130258
     black = normalised(torch.zeros(3, 1, 1)).flatten()

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from functools import cached_property
 
-from PIL import Image
 from torch import Tensor, nn
 
 from prx_post.rewards.scorers.clip import CLIP, PREPROCESSOR, load_clip
 from prx_post.rewards.scorers.clip_score import VIT_L_14
 from prx_post.rewards.scorers.linear_head import linear_head
 from prx_post.rewards.scorers.network import NetworkReward
+from prx_post.rewards.scorers.pixels import Images
 from prx_post.rewards.scorers.weights import MODEL, Published, locate, locate_companion, read_tensors
 
 PUBLISHED = Published(
@@ -39,6 +39,6 @@ class Aesthetic(NetworkReward):
         clip = load_clip(clip_files, preprocessor, [], self)
         return clip, linear_head(read_tensors(path), clip.width, path).to(self.device)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
         clip, head = self._network
         return head(self.in_batches(clip.embed_images, images)).squeeze(-1)

@@ -1,5 +1,6 @@
 """CLIP (Radford et al. 2021): embeddings of images and prompts in one space, shared by the rewards built on it."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from prx_post.base.errors import PrxPostError
 from prx_post.rewards.scorers.network import NetworkReward
+from prx_post.rewards.scorers.pixels import Images, Preparation, centre_square_of, normalised
 from prx_post.rewards.scorers.weights import build, read_json, read_tensors
 
 TOKENIZER = (("vocab.json",), ("merges.txt",))
@@ -22,13 +24,12 @@ class CLIP:
     def __init__(
         self,
         model: Any,
-        pixels: Callable[[Sequence[Image.Image]], Tensor],
+        pixels: Preparation,
         tokens: Callable[[Sequence[str]], Tensor] | None,
         device: torch.device,
     ) -> None:
         """
         Args:
-            pixels: images -> [B, 3, H, W], normalised.
             tokens: prompts -> token ids [B, L], L being the model's; None if only images are embedded.
         """
         self._model, self._pixels, self._tokens, self._device = model.to(device), pixels, tokens, device
@@ -43,8 +44,8 @@ class CLIP:
         """D of the embeddings."""
         return self._model.config.projection_dim
 
-    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors [B, D] fp32."""
+    def embed_images(self, images: Images) -> Tensor:
+        """Unit vectors [B, D] fp32; of pixels with a gradient."""
         pixels = self._pixels(images).to(self._device, self._model.dtype)
         return _unit(self._model.get_image_features(pixel_values=pixels).pooler_output)
 
@@ -60,7 +61,7 @@ def _unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
 
-def cosines(reward: NetworkReward, clip: CLIP, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+def cosines(reward: NetworkReward, clip: CLIP, images: Images, prompts: Sequence[str]) -> Tensor:
     """Cosine [B] of each image's embedding and its prompt's. A repeated prompt is embedded once."""
     rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     texts = reward.in_batches(clip.embed_texts, list(rows))[[rows[prompt] for prompt in prompts]]
@@ -88,13 +89,17 @@ def load_clip(files: Sequence[Path], preprocessor: Path, tokenizer: Sequence[Pat
     model = build(CLIPModel, clip_config, read_tensors(weights), weights, dtype=reward.dtype)
     processor = CLIPImageProcessorPil(**read_json(preprocessor, ("image_mean", "image_std")))
 
-    def pixels(images: Sequence[Image.Image]) -> Tensor:
+    def of_images(images: Sequence[Image.Image]) -> Tensor:
         return processor(list(images), return_tensors="pt")["pixel_values"]
+
+    def of_pixels(pixels: Tensor) -> Tensor:
+        square = centre_square_of(pixels, processor.crop_size["height"], math.floor)
+        return normalised(square, processor.image_mean, processor.image_std)
 
     tokens = None
     if tokenizer:
         tokens = byte_pair_tokens(tokenizer, clip_config.text_config.max_position_embeddings)
-    return CLIP(model, pixels, tokens, reward.device)
+    return CLIP(model, Preparation(of_images, of_pixels), tokens, reward.device)
 
 
 def byte_pair_tokens(

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from functools import cached_property
 
-from PIL import Image
 from torch import Tensor
 
 from prx_post.rewards.scorers.clip import CLIP, PREPROCESSOR, TOKENIZER, cosines, load_clip
 from prx_post.rewards.scorers.network import NetworkReward
+from prx_post.rewards.scorers.pixels import Images
 from prx_post.rewards.scorers.weights import MODEL, Published, locate
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -34,5 +34,5 @@ class CLIPScore(NetworkReward):
         weights, config, preprocessor, *tokenizer = self._files.paths
         return load_clip((weights, config), preprocessor, tokenizer, self)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
         return 100 * cosines(self, self._clip, images, prompts).clamp_min(0)

@@ -37,13 +37,18 @@ def similarity(log_probs: Tensor, text: str, alphabet: Sequence[str]) -> float:
 
 
 def log_prob(log_probs: Tensor, text: str, alphabet: Sequence[str]) -> float:
-    """ln P(text), summed over all alignments, per character of `text`; between LOG_FLOOR and 0."""
-    targets = torch.tensor([[alphabet.index(c) + 1 for c in text]])
+    """`log_likelihood`, between LOG_FLOOR and 0."""
+    return max(float(log_likelihood(log_probs, text, alphabet)), LOG_FLOOR)
+
+
+def log_likelihood(log_probs: Tensor, text: str, alphabet: Sequence[str]) -> Tensor:
+    """ln P(text), summed over all alignments, per character of `text`; a scalar with a graph to log_probs."""
+    targets = torch.tensor([[alphabet.index(c) + 1 for c in text]], device=log_probs.device)
     lengths = torch.tensor([log_probs.shape[0]])
     nll = torch.nn.functional.ctc_loss(
         log_probs[:, None], targets, lengths, torch.tensor([len(text)]), reduction="none", zero_infinity=False
     )
-    return max(-float(nll) / len(text), LOG_FLOOR)
+    return -nll[0] / len(text)
 
 
 def probability(log_probs: Tensor, text: str, alphabet: Sequence[str]) -> float:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from prx_post.base.errors import PrxPostError
 from prx_post.rewards.scorers.clip import CLIP, TOKENIZER, byte_pair_tokens, cosines
 from prx_post.rewards.scorers.network import NetworkReward
 from prx_post.rewards.scorers.pickscore import VIT_H_14
-from prx_post.rewards.scorers.pixels import normalised, padded_square
+from prx_post.rewards.scorers.pixels import Images, Preparation, normalised, padded_square, unit_range
 from prx_post.rewards.scorers.weights import Published, build, locate, locate_companion, read_tensors, require_tensors
 
 PUBLISHED = Published("xswu/HPSv2", (("HPS_v2.1_compressed.pt",),))
@@ -74,7 +73,7 @@ class HPSv2(NetworkReward):
     def _clip(self) -> CLIP:
         return load_open_clip(self._files.paths[0], self._vocabulary.paths, self)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
         return cosines(self, self._clip, images, prompts)
 
 
@@ -89,7 +88,10 @@ def load_open_clip(weights: Path, vocabulary: Sequence[Path], reward: NetworkRew
     tokens = byte_pair_tokens(vocabulary, length, split_special_tokens=True)
     return CLIP(
         model,
-        lambda images: torch.stack([normalised(padded_square(image, size)) for image in images]),
+        Preparation(
+            lambda images: torch.cat([normalised(padded_square(unit_range(image)[None], size)) for image in images]),
+            lambda pixels: normalised(padded_square(pixels, size)),
+        ),
         lambda prompts: tokens([cleaned(prompt) for prompt in prompts]),
         reward.device,
     )

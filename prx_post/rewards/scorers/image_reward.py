@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from prx_post.base.errors import PrxPostError
 from prx_post.rewards.scorers.linear_head import linear_head
 from prx_post.rewards.scorers.network import NetworkReward
-from prx_post.rewards.scorers.pixels import centre_square, normalised
+from prx_post.rewards.scorers.pixels import Images, Preparation, centre_square, centre_square_of, normalised
 from prx_post.rewards.scorers.weights import (
     Published,
     build,
@@ -73,9 +72,11 @@ class ImageReward(NetworkReward):
     def _network(self) -> "CrossAttendingBLIP":
         return CrossAttendingBLIP(self._files.paths, self._vocabulary.paths[0], self)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        pairs = list(zip(images, prompts, strict=True))
-        return (self.in_batches(self._network.raw_scores, pairs) - MEAN) / STD
+    def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        def raw_scores(places: Sequence[int]) -> Tensor:
+            return self._network.raw_scores(images[places[0] : places[-1] + 1], [prompts[i] for i in places])
+
+        return (self.in_batches(raw_scores, range(len(prompts))) - MEAN) / STD
 
 
 class CrossAttendingBLIP:
@@ -96,13 +97,16 @@ class CrossAttendingBLIP:
         self._head = linear_head(parts[HEAD], text_config.hidden_size, weights).to(reward.device)
         self._tokenizer, self._device, self._dtype = _tokenizer(vocabulary), reward.device, dtype
 
-    def raw_scores(self, pairs: Sequence[tuple[Image.Image, str]]) -> Tensor:
-        """[B] fp32 of images and prompts."""
+    def raw_scores(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """[B] fp32; of pixels with a gradient."""
         size = self._vision.config.image_size
-        pixels = torch.stack([normalised(centre_square(image, size)) for image, _ in pairs])
-        prompts = [prompt for _, prompt in pairs]
+        prepared = Preparation(
+            lambda images: torch.stack([normalised(centre_square(image, size)) for image in images]),
+            lambda pixels: normalised(centre_square_of(pixels, size)),
+        )
+        pixels = prepared(images)
         tokens = self._tokenizer(
-            prompts, max_length=MAX_TOKENS, padding="max_length", truncation=True, return_tensors="pt"
+            list(prompts), max_length=MAX_TOKENS, padding="max_length", truncation=True, return_tensors="pt"
         ).to(self._device)
         patches = self._vision(pixels.to(self._device, self._dtype)).last_hidden_state
         output = self._text(tokens["input_ids"], tokens["attention_mask"], encoder_hidden_states=patches)

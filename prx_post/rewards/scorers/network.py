@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -11,11 +11,10 @@ from torch import Tensor
 from prx_post.base.errors import PrxPostError
 from prx_post.base.settings import require, require_one_of
 from prx_post.rewards.reward import check_counts, checked
+from prx_post.rewards.scorers.pixels import Images
 from prx_post.rewards.scorers.weights import Files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-Item = TypeVar("Item")
 
 
 class NetworkReward(ABC):
@@ -26,6 +25,7 @@ class NetworkReward(ABC):
 
     name: ClassVar[str]
     uses_prompts: ClassVar[bool] = True
+    gradient: ClassVar[bool] = True
 
     def __init__(self, files: Sequence[Files], device: str | None, dtype: str, batch_size: int) -> None:
         """Raises PrxPostError for a device that is not there, and ConfigError for what is no dtype or batch size."""
@@ -48,11 +48,16 @@ class NetworkReward(ABC):
             return torch.zeros(0)
         return checked(self.score(images, prompts), self.name, len(images))
 
-    @abstractmethod
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Scores [B]; B ≥ 1, and what `check` refuses does not come."""
+    def of_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As of DifferentiableReward."""
+        self.check(prompts)
+        return self.score(pixels, prompts).float()
 
-    def in_batches(self, function: Callable[[Sequence[Item]], Tensor], items: Sequence[Item]) -> Tensor:
+    @abstractmethod
+    def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """Scores [B]; B ≥ 1, and what `check` refuses does not come. Of pixels they have a gradient."""
+
+    def in_batches(self, function: Callable[[Any], Tensor], items: Sequence[Any] | Tensor) -> Tensor:
         """`function` of consecutive parts of at most batch_size, put together again."""
         starts = range(0, len(items), self.batch_size)
         return torch.cat([function(items[start : start + self.batch_size]) for start in starts])

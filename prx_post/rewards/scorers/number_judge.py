@@ -20,12 +20,15 @@ from prx_post.model.config import EMBEDDED
 from prx_post.rewards.reward import check_counts
 from prx_post.rewards.scorers import ctc
 from prx_post.rewards.scorers.ocr import DIGITS, wanted_text
+from prx_post.rewards.scorers.pixels import resize
 
 JUDGE = EMBEDDED / "judge.safetensors"
 HEIGHT, WIDTH = 32, 64
 """Of the images it reads, pixels."""
 BLANK = 0
 FEATURES = 64
+LUMA = (0.299, 0.587, 0.114)
+"""Of red, green and blue in grey, as Pillow weighs them (ITU-R 601)."""
 
 
 class NumberJudge(nn.Module):
@@ -75,8 +78,17 @@ def judge_features(images: Sequence[Image.Image], judge: NumberJudge | None = No
     return torch.cat([judge.columns(batch).mean(1) for batch in batches])
 
 
+def grey_of(pixels: torch.Tensor) -> torch.Tensor:
+    """As `to_tensor`, of pixels [B, 3, H, W] in 0..1, with a gradient."""
+    luma = (pixels * torch.tensor(LUMA, device=pixels.device).view(3, 1, 1)).sum(1, keepdim=True)
+    return 1 - 2 * resize(luma, (HEIGHT, WIDTH), "bilinear")
+
+
 class NumberJudgeReward:
+    """Scores images by what the judge reads; only `graded` has a gradient."""
+
     def __init__(self, score: ctc.Score) -> None:
+        self.gradient = score is ctc.log_prob
         for module in ("mlxtend", "num2words"):
             require_installed(module, "the embedded judge", "demo")
         self._judge, self._score = load_judge(), score
@@ -94,10 +106,18 @@ class NumberJudgeReward:
         scores = []
         for start in range(0, len(images), 256):
             part = slice(start, start + 256)
-            log_probs = self._judge(to_tensor(images[part]))
+            log_probs = self._judge(to_tensor(images[part]).to(self._judge.head.weight.device)).cpu()
             texts = [wanted_text(prompt) for prompt in prompts[part]]
             scores += [self._score(row, text, DIGITS) for row, text in zip(log_probs, texts, strict=True)]
         return torch.tensor(scores)
+
+    def of_pixels(self, pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """As of DifferentiableReward; not bounded below, so that a hopeless image has a gradient, too."""
+        self.check(prompts)
+        judge = self._judge.to(pixels.device)
+        texts = [wanted_text(prompt) for prompt in prompts]
+        log_probs = judge(grey_of(pixels.float()))
+        return torch.stack([ctc.log_likelihood(row, text, DIGITS) for row, text in zip(log_probs, texts, strict=True)])
 
 
 def exact_match() -> NumberJudgeReward:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from functools import cached_property
 
-from PIL import Image
 from torch import Tensor
 
 from prx_post.rewards.scorers.clip import CLIP, PREPROCESSOR, TOKENIZER, cosines, load_clip
 from prx_post.rewards.scorers.network import NetworkReward
+from prx_post.rewards.scorers.pixels import Images
 from prx_post.rewards.scorers.weights import MODEL, Published, locate, locate_companion
 
 VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -33,5 +33,5 @@ class PickScore(NetworkReward):
         preprocessor, *tokenizer = self._processor.paths
         return load_clip(self._files.paths, preprocessor, tokenizer, self)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
         return self._clip.logit_scale * cosines(self, self._clip, images, prompts)
