@@ -97,6 +97,10 @@ class Run:
         """The network of a `PipelineFolder`, loaded; `prx-post plan` gives one without values in its place."""
         return pipeline.load_transformer(dtype)
 
+    def vae(self, pipeline: Any) -> Any:
+        """The frozen autoencoder of a `PipelineFolder`, loaded; in a plan without values, too."""
+        return self.place(pipeline.load_vae())
+
     def frozen(self, module: Any) -> Any:
         """A network that is only asked, on this process's device; under ZeRO-3 split among the processes."""
         return split_frozen(module.eval().requires_grad_(False), self.accelerator)

@@ -39,6 +39,10 @@ class LatentCodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> pixels [B, 3, H, W], about [-1, 1]."""
+        return self.decode_with_gradient(latents)
+
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """`decode`, through which a gradient flows to the latents."""
         latents = latents.to(self.vae.device, self.vae.dtype)
         return self.vae.decode(latents / self.scale + self.shift, return_dict=False)[0]
 

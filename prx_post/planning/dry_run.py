@@ -148,6 +148,13 @@ class PlannedRun:
         self.made.append(network)
         return network
 
+    def vae(self, pipeline: PipelineFolder) -> Any:
+        import diffusers
+
+        network = getattr(diffusers, pipeline.index["vae"][1]).from_config(pipeline.configs["vae"])
+        self.made.append(network.eval().requires_grad_(False))
+        return network
+
     def frozen(self, module: nn.Module) -> nn.Module:
         self.split.append(module)
         return module.requires_grad_(False)

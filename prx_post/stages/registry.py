@@ -101,15 +101,21 @@ REGISTRY: dict[str, Entry] = {
     "sft": _own("sft", "supervised fine-tuning: full or LoRA, flow matching"),
     "distill": _own("distill", "few-step students: trajectory regression, LADD, DMD2"),
     "dpo": _own("dpo", "preference optimisation from pairs of images: DPO, IPO, hinge; full or LoRA"),
+    "draft": _own("draft", "direct reward gradients: DRaFT, ReFL; full or LoRA"),
     "grpo": _own("grpo", "online alignment: Flow-GRPO, Pref-GRPO, DiffusionNFT, DGPO, AWM; full or LoRA"),
 }
 
 
+ALIGNING = {"grpo": "grpo.settings", "draft": "draft.config"}
+"""Stages that other commands of alignment stand for by a `method` of theirs, and where those are named."""
+
+
 def meant(name: str, method: Any) -> str:
-    """The stage that a command stands for: `dpo` with a `method` of grpo's is `grpo`, for both align by preference."""
-    if name != "dpo" or method is None:
-        return name
-    return "grpo" if method in importlib.import_module("prx_post.stages.grpo.settings").METHODS else name
+    """The stage that a command stands for: `dpo` and `grpo`, which align too, with the `method` of another is that."""
+    for other, module in ALIGNING.items():
+        if name in ("dpo", "grpo") and method in importlib.import_module(f"prx_post.stages.{module}").METHODS:
+            return other
+    return name
 
 
 def find(name: str) -> Entry:

@@ -1,0 +1,106 @@
+"""The reward's gradient, through the reward's network, the decoder and the sampler's last steps, to the policy."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from prx_post.data.plan import stream
+from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Reference
+from prx_post.model.denoiser import PromptedVelocity, predict_velocity, with_guidance
+from prx_post.objectives.draft import drift, reward_loss
+from prx_post.stages.draft.config import DraftConfig
+
+Metrics = dict[str, Tensor]
+Score = Callable[[Tensor, Sequence[str]], Tensor]
+"""(pixels [B, 3, H, W], prompts) -> scores [B], as `DifferentiableReward.of_pixels`"""
+STOPS = 8
+"""Number of the stream that says where ReFL's sampler stops."""
+
+
+class RewardGradient(Objective):
+    """Samples images and climbs their rewards.
+
+    Args:
+        sigmas: [N + 1], noise levels of the emitted scheduler.
+        renoises: whether its sampler does.
+        decode: latents -> pixels [B, 3, H, W] in about -1..1, with a gradient.
+        rewards: by label, scores of pixels in 0..1, with a gradient.
+        reference: what `beta` holds the policy to; None: nothing.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        config: DraftConfig,
+        sigmas: Tensor,
+        decode: Callable[[Tensor], Tensor],
+        rewards: Mapping[str, Score],
+        *,
+        renoises: bool = False,
+        reference: Reference | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy, self.config, self.sigmas, self.renoises = policy, config, sigmas, renoises
+        self.decode, self.rewards, self.reference = decode, dict(rewards), reference
+
+    def groups(self) -> list[ParamGroup]:
+        return [ParamGroup(POLICY, self.policy, self.config.learning_rate)]
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """`batch`: `noise`, prompts as embeddings and as `prompts`; `fresh` for a sampler that re-noises."""
+        config, x0, distance = self.config, *self.sample(batch)
+        with torch.autocast(x0.device.type, enabled=False):
+            pixels = self._decoded(x0.float())
+            scores = {name: score(pixels, batch["prompts"]) for name, score in self.rewards.items()}
+        total = torch.stack([config.weights[name] * score for name, score in scores.items()]).sum(0)
+        loss, metrics = reward_loss(total, config.reward_margin)
+        metrics |= {f"reward/{name}": score.detach().mean() for name, score in scores.items()}
+        if distance is not None:
+            loss, metrics["drift"] = loss + config.beta * distance.mean(), distance.detach().mean()
+        return loss, metrics
+
+    def sample(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Clean samples [B, C, H, W] with a graph through the last steps, and the drift [B] there if it is held."""
+        config, x_t = self.config, batch["noise"]
+        sigmas = self.sigmas.to(x_t.device)
+        last = self.last_step(batch["step"])
+        velocity_of = self._guided(lambda x, t, p: predict_velocity(self.policy, x, t, *p), batch)
+        distance: Tensor | None = None
+        for i in range(last + 1):
+            learns = i > last - config.gradient_steps
+            t = sigmas[i].expand(len(x_t))
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                velocity = velocity_of(x_t, t).float()
+                if learns and self.reference is not None:
+                    asked = self._guided(self.reference.velocity, batch)(x_t.detach(), t)
+                    distance = drift(velocity, asked) + (0.0 if distance is None else distance)
+                after = sigmas[i + 1] if i < last else torch.zeros_like(sigmas[0])
+                x_t = self._moved(x_t, velocity, sigmas[i], after, batch["fresh"][:, i] if self.renoises else None)
+        return x_t, None if distance is None else distance / config.gradient_steps
+
+    def last_step(self, step: int) -> int:
+        """The sampler's step, counted from 0, that goes to data in optimizer step `step`; alike on all ranks."""
+        steps, stops = self.config.num_inference_steps, self.config.refl_steps
+        return steps - 1 - (0 if stops is None else stream(self.config.seed, STOPS, step) % stops)
+
+    @staticmethod
+    def _moved(x_t: Tensor, velocity: Tensor, sigma: Tensor, after: Tensor, fresh: Tensor | None) -> Tensor:
+        """Euler's step, or to x0 and back up with `fresh` noise; both with a gradient."""
+        if fresh is None:
+            return x_t + (after - sigma) * velocity
+        return (1 - after) * (x_t - sigma * velocity) + after * fresh
+
+    def _guided(self, velocity: PromptedVelocity, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
+        guidance = self.config.guidance_scale
+        prompts = (batch["prompt_embeds"], batch["prompt_mask"])
+        null = (batch["null_embeds"], batch["null_mask"]) if guidance > 1 else None
+        return with_guidance(velocity, prompts, null, guidance)
+
+    def _decoded(self, x0: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in 0..1."""
+        decode = self.decode
+        pixels = checkpoint(decode, x0, use_reentrant=False) if self.config.gradient_checkpointing else decode(x0)
+        return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
