@@ -77,21 +77,18 @@ class RewardGradient(Objective):
                 if learns and self.reference is not None:
                     asked = self._guided(self.reference.velocity, batch)(x_t.detach(), t)
                     distance = drift(velocity, asked) + (0.0 if distance is None else distance)
-                after = sigmas[i + 1] if i < last else torch.zeros_like(sigmas[0])
-                x_t = self._moved(x_t, velocity, sigmas[i], after, batch["fresh"][:, i] if self.renoises else None)
+                if i == last:
+                    x_t = x_t - sigmas[i] * velocity
+                elif self.renoises:  # to x0 and back up; written out, for a drawn state would have no gradient
+                    x_t = (1 - sigmas[i + 1]) * (x_t - sigmas[i] * velocity) + sigmas[i + 1] * batch["fresh"][:, i]
+                else:
+                    x_t = x_t + (sigmas[i + 1] - sigmas[i]) * velocity
         return x_t, None if distance is None else distance / config.gradient_steps
 
     def last_step(self, step: int) -> int:
         """The sampler's step, counted from 0, that goes to data in optimizer step `step`; alike on all ranks."""
         steps, stops = self.config.num_inference_steps, self.config.refl_steps
         return steps - 1 - (0 if stops is None else stream(self.config.seed, STOPS, step) % stops)
-
-    @staticmethod
-    def _moved(x_t: Tensor, velocity: Tensor, sigma: Tensor, after: Tensor, fresh: Tensor | None) -> Tensor:
-        """Euler's step, or to x0 and back up with `fresh` noise; both with a gradient."""
-        if fresh is None:
-            return x_t + (after - sigma) * velocity
-        return (1 - after) * (x_t - sigma * velocity) + after * fresh
 
     def _guided(self, velocity: PromptedVelocity, batch: Batch) -> Callable[[Tensor, Tensor], Tensor]:
         guidance = self.config.guidance_scale

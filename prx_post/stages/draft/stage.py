@@ -26,7 +26,6 @@ from prx_post.stages.draft.objective import RewardGradient
 from prx_post.stages.draft.source import PromptSource
 from prx_post.stages.prompted import encode_prompt_set, read_prompts
 from prx_post.stages.references import earlier_policy
-from prx_post.stages.registry import RolloutWork
 
 
 class Draft(PipelineStage):
@@ -109,15 +108,6 @@ class Draft(PipelineStage):
         fresh = torch.stack([noise] * (config.num_inference_steps - 1), 1) if self.renoises else noise[:, :0]
         null = {"null_embeds": batch["prompt_embeds"], "null_mask": batch["prompt_mask"]}
         return None, {**batch, **null, "noise": noise, "fresh": fresh, "prompts": [""] * len(noise)}
-
-    def rollout_work(self) -> RolloutWork:
-        config = self.config
-        images = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        guided, learning = 2 if config.guidance_scale > 1 else 1, config.gradient_steps
-        described = f"of a process's step, {config.num_inference_steps} steps of the sampler"
-        generated = guided * images * (config.num_inference_steps - learning)
-        held = guided * images * learning * (config.beta > 0)
-        return RolloutWork(images, 1, described, generated, guided * images * learning, held)
 
     def cache_size(self) -> str:
         return "of images nothing is cached: the policy makes them"
