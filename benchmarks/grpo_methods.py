@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from plotting import lines
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {
@@ -28,7 +29,6 @@ SDE = ("flow-grpo (sde)", "grpo-flow", ["--rollout_sampler", "sde", "--noise_lev
 PROBE = 3
 """Rollouts whose steps are timed, the first not counted."""
 REWARD, LOW = "reward/ocr_probability", 0.1
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 QUIET = ["--report_to", "none", "--save_steps", "0", "--guard", "off", "--eval_steps", "0"]
 
 
@@ -39,9 +39,9 @@ def command(*parts: object) -> None:
 
 def last_time(folder: Path, first: int) -> tuple[float, int]:
     """Seconds between the metrics of step `first` and the last, and the steps between them."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    began = next(line for line in lines if line["step"] >= first)
-    return lines[-1]["time"] - began["time"], lines[-1]["step"] - began["step"]
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    began = next(line for line in logged if line["step"] >= first)
+    return logged[-1]["time"] - began["time"], logged[-1]["step"] - began["step"]
 
 
 def train(name: str, config: str, extra: list[str], output: Path, minutes: float, processes: int) -> dict:
@@ -56,42 +56,14 @@ def train(name: str, config: str, extra: list[str], output: Path, minutes: float
         seconds, steps = last_time(probe, per_rollout)
         count = per_rollout * max(1, round(60 * minutes / (seconds / steps) / per_rollout))
         command(*base, "--output_dir", folder, "--max_steps", count)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    began = lines[0]["time"]
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    began = logged[0]["time"]
     return {
         "folder": str(folder),
-        "steps": lines[-1]["step"],
-        "minutes": (lines[-1]["time"] - began) / 60,
-        "curve": [((line["time"] - began) / 60, line[REWARD]) for line in lines if line.get(REWARD) is not None],
+        "steps": logged[-1]["step"],
+        "minutes": (logged[-1]["time"] - began) / 60,
+        "curve": [((line["time"] - began) / 60, line[REWARD]) for line in logged if line.get(REWARD) is not None],
     }
-
-
-def plot(curves: dict[str, list[tuple[float, float]]], minutes: float) -> str:
-    """The reward of rollouts over minutes, as SVG."""
-    width, height, left, bottom = 640, 320, 44, 36
-    place = (
-        lambda x: left + (width - left - 150) * x / minutes,
-        lambda y: height - bottom - (height - bottom - 12) * (y - LOW) / (1 - LOW),
-    )
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        'font-size="12">'
-    ]
-    parts.append(f'<rect width="{width}" height="{height}" fill="#fff"/>')
-    for tick in (0.2, 0.4, 0.6, 0.8, 1.0):
-        y = place[1](tick)
-        parts.append(f'<line x1="{left}" x2="{width - 150}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ccc"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{tick:g}</text>')
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        points = " ".join(f"{place[0](x):.1f},{place[1](y):.1f}" for x, y in curve)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        parts.append(f'<text x="{width - 140}" y="{24 + 18 * i}" fill="{colour}">{name}</text>')
-    parts.append(f'<text x="{left}" y="{height - 10}" fill="#555">0</text>')
-    parts.append(
-        f'<text x="{width - 150}" y="{height - 10}" text-anchor="end" fill="#555">{minutes:.1f} minutes</text>'
-    )
-    return "\n".join([*parts, "</svg>\n"])
 
 
 def main() -> None:
@@ -126,7 +98,7 @@ def main() -> None:
         )
     curves = {name: run["curve"] for name, run in found.items() if run["curve"]}
     longest = max(run["minutes"] for run in found.values())
-    (given.output / "methods.svg").write_text(plot(curves, longest))
+    (given.output / "methods.svg").write_text(lines(curves, (0.0, longest), LOW, ("0", f"{longest:.1f} minutes")))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The embedded world's held-out judge: a small reader of digits, for evaluation only, never to be optimised.
+"""The embedded world's held-out judge: a small reader of digits, for evaluation, but where its gradient is climbed.
 
 A convolutional network reads an image column by column and was trained with CTC (prx_post/tiny/make/judge.py) on digits
 that the generator never saw. Its pooled features also serve as the feature space of the embedded world's FID.
