@@ -3,7 +3,7 @@
     python benchmarks/student_path.py --output runs/student-path ladd=runs/demo/distill-ladd-alone/final \
         by-level=runs/demo/distill-ladd-8/final                                             # after `make distill`
 
-A student may say rightly where an image lies, and still be led astray: Euler's step keeps the noise that the image began
+A student may say rightly where an image lies and still be led astray: Euler's step keeps the noise that it began
 with, which in training never stood beside an image of its own. path.svg in the output shows it.
 """
 
