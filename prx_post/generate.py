@@ -9,7 +9,7 @@ from prx_post.base.files import existing_file, make_folder, require_empty
 from prx_post.base.parsing import parse
 from prx_post.base.settings import doc
 from prx_post.data.prompts import read_prompt_file
-from prx_post.model.config import NOISE_LEVEL, WAYS_TO_DRAW, DrawConfig, noise_level_of
+from prx_post.model.config import NOISE_LEVEL, GENERATION_SAMPLERS, DrawConfig, noise_level_of
 
 
 @dataclass
@@ -26,7 +26,7 @@ class GenerateConfig(DrawConfig):
     sampler: str | None = doc(
         "`euler`, `renoise`, or `cps`, which stands between them; null: the checkpoint's own.",
         None,
-        one_of=WAYS_TO_DRAW,
+        one_of=GENERATION_SAMPLERS,
     )
     noise_level: float | None = doc(
         f"Of `cps`: at 0 it is `euler`, at 1 `renoise`; null: {NOISE_LEVEL}.", None, between=(0, 1)

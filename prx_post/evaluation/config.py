@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 from prx_post.base.errors import ConfigError
 from prx_post.base.settings import doc, require, require_one_of
 from prx_post.evaluation.features import NEEDS_REFERENCE, MetricSpec
-from prx_post.model.config import DTYPE_NAMES, WAYS_TO_DRAW, DrawConfig, noise_level_of
+from prx_post.model.config import DTYPE_NAMES, GENERATION_SAMPLERS, DrawConfig, noise_level_of
 from prx_post.rewards.registry import parse_specs
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
@@ -40,7 +40,7 @@ class CheckpointSpec:
     shift_terminal: float | None = None
     """Last noise level before 0, in place of the scheduler's own; 0: as its shift alone puts it."""
     sampler: str | None = None
-    """One of WAYS_TO_DRAW, in place of the scheduler's own."""
+    """One of GENERATION_SAMPLERS, in place of the scheduler's own."""
     noise_level: float | None = None
     """Of `cps`; None for other samplers."""
     adapter: str | None = None
@@ -75,7 +75,7 @@ class CheckpointSpec:
         reason, action = "it counts something", "Set it to 8, for instance"
         require(steps is None or steps > 0, "num_inference_steps", steps, "above 0", reason, action)
         if spec.sampler is not None:
-            require_one_of(f"sampler of checkpoint {name}", spec.sampler, WAYS_TO_DRAW)
+            require_one_of(f"sampler of checkpoint {name}", spec.sampler, GENERATION_SAMPLERS)
         level = spec.noise_level
         in_range = level is None or 0 <= level <= 1
         require(in_range, "noise_level", level, "between 0 and 1", "it is a fraction", "Set it to 0.5, for instance")

@@ -12,7 +12,7 @@ EMBEDDED = Path(prx_post.__file__).parent / "tiny" / "weights"
 DTYPE_NAMES = ("float32", "bfloat16")
 SAMPLERS = ("euler", "renoise")
 """`euler` follows the flow; `renoise` goes to x0 at every step and back up with new noise."""
-WAYS_TO_DRAW = (*SAMPLERS, "cps")
+GENERATION_SAMPLERS = (*SAMPLERS, "cps")
 """`cps` stands between them; no scheduler of diffusers has it, so no checkpoint names it as its own."""
 NOISE_LEVEL = 0.5
 """Of `cps`, where none is given: 0 is `euler`, 1 is `renoise`."""

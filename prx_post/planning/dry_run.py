@@ -1,4 +1,4 @@
-"""One optimizer step on tensors without memory, and the greatest sum of what was alive at a time.
+"""One optimizer step on fake tensors, and the greatest sum of what was alive at a time.
 
 The network, the objective, the optimizer and autograd are the real ones; torch's FakeTensorMode makes every operation
 compute shapes alone. So what is kept for the backward pass, what gradient checkpointing throws away and computes
