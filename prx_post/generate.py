@@ -9,7 +9,7 @@ from prx_post.base.files import existing_file, make_folder, require_empty
 from prx_post.base.parsing import parse
 from prx_post.base.settings import doc
 from prx_post.data.prompts import read_prompt_file
-from prx_post.model.config import NOISE_LEVEL, GENERATION_SAMPLERS, DrawConfig, noise_level_of
+from prx_post.model.config import GENERATION_SAMPLERS, NOISE_LEVEL, DrawConfig, noise_level_of
 
 
 @dataclass

@@ -85,6 +85,34 @@ class DrawConfig:
             require(0 <= seed < 2**31, "seeds", seed, rule, reason, "Choose other seeds")
 
 
+@dataclass
+class SchedulerConfig:
+    """How the emitted pipeline steps from noise to data, where it is not as the checkpoint's own."""
+
+    shift_terminal: float | None = doc(
+        "Last noise level before 0 of the emitted scheduler's grid, on which images are generated in training, too; "
+        "null: as it is.",
+        None,
+    )
+    sampler: str | None = doc(
+        "Of the emitted scheduler: `euler`, or `renoise`, every step of which goes to x0 and back up with new noise; "
+        "null: as it is.",
+        None,
+        one_of=SAMPLERS,
+    )
+
+    def check_scheduler(self) -> None:
+        """Raise ConfigError for a level that is none."""
+        last, reason, action = self.shift_terminal, "it is a noise level between data and noise", "Set it to 0.3"
+        require(last is None or 0 < last < 1, "shift_terminal", last, "between 0 and 1", reason, action)
+
+    @property
+    def scheduler_changes(self) -> dict[str, Any]:
+        """As `rescheduled` takes them."""
+        changes = {"shift_terminal": self.shift_terminal, "sampler": self.sampler}
+        return {name: value for name, value in changes.items() if value is not None}
+
+
 def noise_level_of(sampler: str | None, noise_level: float | None) -> float | None:
     """What a sampler's `noise_level` is: None, but for `cps`. Raises ConfigError if one is given for another."""
     reason, action = f"sampler is {sampler!r}", "Set sampler to cps, or leave it out"

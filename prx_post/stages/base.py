@@ -25,10 +25,11 @@ from prx_post.evaluation.monitor import ImageMonitor, Judges
 from prx_post.model import lora
 from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import PipelineFolder, emit, load, open_pipeline
-from prx_post.model.config import ModelConfig
+from prx_post.model.config import ModelConfig, SchedulerConfig
 from prx_post.model.inference import Inference
 from prx_post.model.merging import merge
 from prx_post.model.sampler import Sampler
+from prx_post.model.scheduler import rescheduled
 from prx_post.model.text import PromptCleaner
 from prx_post.model.trainable import make_trainable, with_weights
 from prx_post.stages.registry import RolloutWork
@@ -110,7 +111,9 @@ class PipelineStage:
     @cached_property
     def scheduler(self) -> Any:
         """The one that is emitted."""
-        return self.pipeline.load_scheduler()
+        changes = self.config.scheduler_changes if isinstance(self.config, SchedulerConfig) else {}
+        scheduler = self.pipeline.load_scheduler()
+        return rescheduled(scheduler, **changes) if changes else scheduler
 
     @property
     def bases(self) -> tuple[PipelineFolder, ...]:

@@ -7,6 +7,7 @@ import torch
 
 from prx_post.cli import main
 from prx_post.engine.checkpointing import open_checkpoint
+from prx_post.model.checkpoint import open_pipeline
 from tests.faults import differences, numbers, stopped_after
 from tests.rolling import LORA, grpo_arguments
 
@@ -249,3 +250,13 @@ def test_dpo_given_the_settings_of_grpo_runs_it(prompts, warm_cache, tmp_path, c
     assert main(["dpo", *arguments[1:]]) == 0
     assert "the settings are those of prx-post grpo, which is run" in capsys.readouterr().out
     assert open_checkpoint(tmp_path / "run" / "checkpoint-000001").info["stage"] == "grpo"
+
+
+def test_the_emitted_scheduler_steps_as_rollouts_do(prompts, warm_cache, tmp_path, capsys):
+    changes = {"rollout_sampler": "renoise", "max_steps": 1}
+    assert main(grpo_arguments(prompts, warm_cache, tmp_path / "as-it-is", **changes)) == 0
+    assert "the emitted sampler does not re-noise, and that of rollouts does" in capsys.readouterr().out
+    assert main(grpo_arguments(prompts, warm_cache, tmp_path / "changed", sampler="renoise", **changes)) == 0
+    assert "warning: the emitted sampler" not in capsys.readouterr().out
+    emitted = [open_pipeline(str(tmp_path / name / "final")).sampler for name in ("as-it-is", "changed")]
+    assert emitted == ["euler", "renoise"]

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from prx_post.base.settings import doc, require
 from prx_post.data.config import PromptConfig
 from prx_post.evaluation.monitor_config import MonitorConfig
-from prx_post.model.config import ModelConfig
+from prx_post.model.config import ModelConfig, SchedulerConfig
 from prx_post.rewards.registry import RewardSpec, parse_specs
 
 METHODS = ("draft",)
 
 
 @dataclass
-class DraftConfig(MonitorConfig):
+class DraftConfig(SchedulerConfig, MonitorConfig):
     """How the reward's gradient reaches the policy, on top of the training loop's settings."""
 
     method: str = doc("`draft`, and nothing else.", "draft", one_of=METHODS, resume="fixed")
@@ -29,9 +29,6 @@ class DraftConfig(MonitorConfig):
         "null: it goes to the end.",
         None,
         above=0,
-    )
-    shift_terminal: float | None = doc(
-        "Last noise level before 0 of the emitted scheduler's grid; null: as it is.", None
     )
     beta: float = doc(
         "Weight of the squared distance of velocities from the start's, at the steps with a gradient.", 0.0, at_least=0
@@ -53,9 +50,7 @@ class DraftConfig(MonitorConfig):
         most = steps if self.refl_steps is None else steps - self.refl_steps + 1
         reason, action = f"refl_steps is {self.refl_steps}, so that the sampler may stop after {most}", "Lower it"
         require(self.gradient_steps <= most, "gradient_steps", self.gradient_steps, f"at most {most}", reason, action)
-        last = self.shift_terminal
-        reason, action = "it is a noise level between data and noise", "Set it to 0.3, or to null"
-        require(last is None or 0 < last < 1, "shift_terminal", last, "between 0 and 1", reason, action)
+        self.check_scheduler()
         reason, action = "the best is not to be judged by what is climbed", "Name another reward"
         climbed, judged = {spec.target for spec in specs}, parse_specs(self.eval_rewards)
         metric = {spec.label: spec.target for spec in judged}.get(str(self.metric_for_best_model))

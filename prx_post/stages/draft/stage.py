@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from prx_post.engine.run import Run
 from prx_post.flow import inference_sigmas
 from prx_post.model.codec import LatentCodec
 from prx_post.model.config import ModelConfig
-from prx_post.model.scheduler import rescheduled
 from prx_post.rewards.registry import REGISTRY, parse_specs
 from prx_post.rewards.reward import DifferentiableReward, check_rows, has_gradient
 from prx_post.stages.base import Encoded, PipelineStage
@@ -37,11 +35,6 @@ class Draft(PipelineStage):
         self.sigmas = self._grid()
         self.rows = [] if planned else read_prompts(self.prompts_file, self.cleaner)
         self.rewards = {} if planned else open_rewards(config, self.rows)
-
-    @cached_property
-    def scheduler(self) -> Any:
-        scheduler, last = self.pipeline.load_scheduler(), self.config.shift_terminal
-        return scheduler if last is None else rescheduled(scheduler, shift_terminal=last)
 
     def _grid(self) -> Tensor:
         """Noise levels of the emitted sampler, [N + 1]."""

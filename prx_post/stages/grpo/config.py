@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from prx_post.base.settings import require, require_one_of
 from prx_post.data.config import PromptConfig, TimestepConfig
 from prx_post.evaluation.monitor_config import WINS, MonitorConfig
-from prx_post.model.config import ModelConfig
+from prx_post.model.config import ModelConfig, SchedulerConfig
 from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.rewards.registry import RewardSpec, parse_specs
 from prx_post.stages.grpo.settings import (
@@ -37,7 +37,9 @@ GARDO: dict[str, object] = {
 
 
 @dataclass
-class GRPOConfig(TimestepConfig, RolloutConfig, RewardConfig, MethodConfig, GuardConfig, MonitorConfig):
+class GRPOConfig(
+    TimestepConfig, RolloutConfig, SchedulerConfig, RewardConfig, MethodConfig, GuardConfig, MonitorConfig
+):
     """Online alignment, on top of the training loop's settings."""
 
     is_adapter = False  # no setting: what ModelConfig says, for check_zero
@@ -50,9 +52,7 @@ class GRPOConfig(TimestepConfig, RolloutConfig, RewardConfig, MethodConfig, Guar
         self._check_sampler()
         self._check_window()
         self._check_guard()
-        if self.shift_terminal is not None:
-            ok, rule = 0 < self.shift_terminal < 1, "between 0 and 1"
-            require(ok, "shift_terminal", self.shift_terminal, rule, "it is a noise level", "Set it to 0.3")
+        self.check_scheduler()
         ok = (self.rollout_height is None) == (self.rollout_width is None)
         reason, action = f"rollout_width is {self.rollout_width!r}", "Set both, or neither"
         require(ok, "rollout_height", self.rollout_height, "set together with rollout_width", reason, action)

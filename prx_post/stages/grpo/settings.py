@@ -73,9 +73,6 @@ class RolloutConfig:
         above=0,
         resume="free",
     )
-    shift_terminal: float | None = doc(
-        "Last noise level before 0 of the emitted scheduler's grid, which rollouts follow; null: as it is.", None
-    )
     async_rewards: str = doc(
         "`batch`: score images while the next are generated; `rollout`: while the policy is trained on the rollout "
         "before, so that it is a rollout ahead of what generated the images; `off`: wait for every score.",

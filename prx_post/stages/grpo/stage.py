@@ -1,7 +1,7 @@
 """Online alignment of a PRX transformer, of all weights or a LoRA adapter."""
 
 import json
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from prx_post.engine.protocols import Batch, Monitor, Objective
 from prx_post.engine.run import Run
 from prx_post.flow import inference_sigmas
 from prx_post.model.config import ModelConfig
-from prx_post.model.scheduler import rescheduled
 from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.stages.base import Encoded, PipelineStage
 from prx_post.stages.grpo.config import CONFIGS, GRPOConfig, check_together
@@ -60,12 +59,6 @@ class GRPO(PipelineStage):
             return self.pipeline.resolve_size(*(self.size or (None, None)))
         return self.pipeline.resolve_size(config.rollout_height, config.rollout_width)
 
-    @cached_property
-    def scheduler(self) -> Any:
-        scheduler = self.pipeline.load_scheduler()
-        last = self.config.shift_terminal
-        return scheduler if last is None else rescheduled(scheduler, shift_terminal=last)
-
     def _grid(self) -> torch.Tensor:
         """Noise levels of rollouts, [N + 1]."""
         steps = self.config.rollout_steps
@@ -83,6 +76,13 @@ class GRPO(PipelineStage):
 
     def data(self, run: Run) -> Encoded:
         config = self.config
+        emitted = self.scheduler.config.stochastic_sampling
+        if emitted != (config.sampler_name == "renoise") and run.ranks.is_main:
+            here, there = ("does", "does not") if emitted else ("does not", "does")
+            print(
+                f"warning: the emitted sampler {here} re-noise, and that of rollouts {there}: what is trained is not "
+                f"what will be generated. Set sampler or rollout_sampler."
+            )
         rewards = ", ".join([*config.reward_funcs, *(["a judge"] if config.method == "pref_grpo" else [])])
         prompts = [row["prompt"] for row in self.rows]
         return encode_prompt_set(self, run, prompts, self.prompts_file, f"rewarded by {rewards}")
