@@ -4,7 +4,7 @@ THREADS ?= $(shell nproc)
 export OMP_NUM_THREADS := $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo distill dpo dpo-iterated grpo test check benchmark clean
+.PHONY: demo distill ladd dpo dpo-iterated grpo test check benchmark clean
 
 # torch first, so that nothing else chooses a build of it. On Linux pip's default build brings CUDA; to take another,
 # say where its wheels are: make demo TORCH_ARGS='--index-url <index of CPU wheels>'
@@ -38,6 +38,15 @@ distill: .venv/installed
 	.venv/bin/prx-post distill --config configs/tiny/distill-ladd.yaml
 	.venv/bin/prx-post eval --config configs/tiny/eval-distill.yaml
 	@echo "open runs/demo/eval-distill/report.html"
+
+# After the demo: its SFT checkpoint to 8 and 4 steps by regression and LADD, each at its own noise levels, with real images.
+ladd: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/prx-post distill --config configs/tiny/distill-ladd-8.yaml \
+		--num_processes 2 --per_device_train_batch_size 32
+	OMP_NUM_THREADS=1 .venv/bin/prx-post distill --config configs/tiny/distill-ladd-4.yaml \
+		--num_processes 2 --per_device_train_batch_size 32
+	.venv/bin/prx-post eval --config configs/tiny/eval-ladd.yaml
+	@echo "open runs/demo/eval-ladd/report.html"
 
 # After the demo: pairs of its SFT checkpoint's own images, ranked by OCR; DPO on them; and what it gained.
 dpo: .venv/installed
