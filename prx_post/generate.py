@@ -61,8 +61,8 @@ def run(args: Sequence[str]) -> None:
 def generate(config: GenerateConfig) -> None:
     """Write an image for every prompt and seed to `output_dir`. Raises PrxPostError before any model loads."""
     import torch
-    from tqdm import tqdm
 
+    from prx_post.base.progress import Progress
     from prx_post.data.encoders import Encoders
     from prx_post.model.checkpoint import DTYPES, load, open_pipeline
     from prx_post.model.inference import choose, describe
@@ -95,7 +95,7 @@ def generate(config: GenerateConfig) -> None:
     images = generate_images(
         sampler, encoders.prompts, encoders.codec.decode, [p for p, _ in jobs], [s for _, s in jobs], config.batch_size
     )
-    for i, image in enumerate(tqdm(images, total=len(jobs), desc="generating", unit="image", disable=None)):
+    for i, image in enumerate(Progress(images, total=len(jobs), desc="generating", unit="image", disable=None)):
         prompt, seed = jobs[i]
         settings = {
             "prompt": prompt,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from prx_post.base.progress import Progress
 from prx_post.base.ranks import ALONE, Ranks
 from prx_post.data.buckets import Buckets
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
@@ -97,7 +98,7 @@ def fill_cache(
 
 def _progress(items: Iterator[Item], total: int, unit: str, ranks: Ranks) -> Iterator[Item]:
     hidden = ranks.hides_progress if total else True
-    return tqdm(items, total=total, desc=f"encoding {unit}s", unit=unit, leave=False, disable=hidden)
+    return Progress(items, total=total, desc=f"encoding {unit}s", unit=unit, leave=False, disable=hidden)
 
 
 def _lacking_of(prompts: Iterable[str], cache: EncodedCache, encoders: Encoders) -> dict[str, Cleaned]:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
+from prx_post.base.progress import Progress
 from prx_post.base.ranks import ALONE, Ranks
 from prx_post.data.buckets import Buckets, Size
 from prx_post.data.cache import content_key
@@ -58,7 +57,7 @@ def scan(
     """
     each, samples, bad = rows.images_per_entry, list[Sample](), list[BadRow]()
     numbers = ranks.share(range(len(rows) // each))
-    progress = tqdm(total=len(numbers), desc="scanning", unit="row", leave=False, disable=ranks.hides_progress)
+    progress = Progress(total=len(numbers), desc="scanning", unit="row", leave=False, disable=ranks.hides_progress)
     for first in range(0, len(numbers), AT_A_TIME):
         part = numbers[first : first + AT_A_TIME]
         texts = [cleaner(rows.prompts[each * number] or "") for number in part]

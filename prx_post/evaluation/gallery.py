@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import json_line, make_folder, write_bytes
+from prx_post.base.progress import Progress
 from prx_post.base.ranks import Ranks
 from prx_post.data.cache import fingerprint
 from prx_post.data.encoders import Encoders
@@ -161,7 +161,7 @@ def fill(gallery: Gallery, jobs: Sequence[Job], config: EvalConfig, ranks: Ranks
     encoders.prompts, encoders.codec  # load both before the clock starts  # noqa: B018
     embed = _Memo(encoders)
     count, seconds = 0, 0.0
-    for batch in tqdm(missing, desc=f"generating {spec.name}", unit="batch", disable=ranks.hides_progress):
+    for batch in Progress(missing, desc=f"generating {spec.name}", unit="batch", disable=ranks.hides_progress):
         began = time.perf_counter()
         prompts, seeds = [job.prompt for job in batch], [job.noise_seed for job in batch]
         images = list(generate_images(sampler, embed, encoders.codec.decode, prompts, seeds, len(batch)))

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
+from prx_post.base.progress import Progress
 from prx_post.base.ranks import Ranks
 from prx_post.data.images import decode
 from prx_post.evaluation.config import EvalConfig
@@ -92,7 +92,7 @@ def score(
         for gallery in galleries:
             found: list[tuple[int, float]] = []
             title = f"{name} of {gallery.spec.name}"
-            for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=ranks.hides_progress, leave=False):
+            for start in Progress(range(0, len(own), CHUNK), desc=title, disable=ranks.hides_progress, leave=False):
                 part = own[start : start + CHUNK]
                 found += zip(part, _score_chunk(known, name, gallery, [jobs[i] for i in part]), strict=True)
             values = np.full(len(jobs), np.nan)
@@ -120,7 +120,7 @@ def compare(
     for gallery in others:
         wins: list[tuple[int, float]] = []
         title = f"judging {gallery.spec.name}"
-        for start in tqdm(range(0, len(own), CHUNK), desc=title, disable=ranks.hides_progress, leave=False):
+        for start in Progress(range(0, len(own), CHUNK), desc=title, disable=ranks.hides_progress, leave=False):
             part = own[start : start + CHUNK]
             of = [jobs[i] for i in part]
             first, second = list(baseline.images(of)), list(gallery.images(of))
@@ -148,7 +148,9 @@ def check_reference(paths: Sequence[Path], ranks: Ranks) -> None:
 
     def decode_own() -> None:
         own = ranks.share(paths)
-        for path in tqdm(own, desc="reading reference_dir", unit="image", leave=False, disable=ranks.hides_progress):
+        for path in Progress(
+            own, desc="reading reference_dir", unit="image", leave=False, disable=ranks.hides_progress
+        ):
             _image(path)
 
     ranks.together(decode_own)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from tqdm import tqdm
-
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import cannot_write, file_sha256, json_line
+from prx_post.base.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,9 @@ def verify(folder: Path, path: Path) -> None:
     if not ok:
         raise PrxPostError(f"{path} names no image. Run the recipe without --verify first.")
     damaged = [
-        what for e in tqdm(ok, desc="checking", unit="file", leave=False, disable=None) if (what := damage(folder, e))
+        what
+        for e in Progress(ok, desc="checking", unit="file", leave=False, disable=None)
+        if (what := damage(folder, e))
     ]
     for what in damaged:
         print(what)

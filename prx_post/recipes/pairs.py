@@ -19,10 +19,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import FolderLock, cannot_write, file_sha256, json_line, make_folder, require_empty
+from prx_post.base.progress import Progress
 from prx_post.base.settings import doc, require, require_one_of
 from prx_post.data.images import decode
 from prx_post.recipes.tables import TableConfig, open_table
@@ -120,7 +120,7 @@ def _listed(counts: Counts) -> str:
 
 def pairs_of(table: Iterable[dict[str, Any]], config: PairsConfig, counts: Counts) -> Iterator[Pair]:
     """Pairs of images with different scores, in the table's order; `counts` grows with what was read."""
-    for number, row in enumerate(tqdm(table, desc="pairing", unit="row", leave=False, disable=None)):
+    for number, row in enumerate(Progress(table, desc="pairing", unit="row", leave=False, disable=None)):
         counts["rows"] += 1
         prompt = (row[config.prompt_column] or "").strip()
         scores = _numbers(_cells(row, config.score_columns))

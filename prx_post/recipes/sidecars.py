@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import write_jsonl
+from prx_post.base.progress import Progress
 from prx_post.base.settings import doc, require
 from prx_post.data.folders import IMAGES, BesideImages, files_of
 from prx_post.data.images import decode
@@ -74,7 +73,7 @@ def scan(folder: Path, config: SidecarConfig) -> tuple[list[dict[str, str]], lis
     images, captions = files.ending(IMAGES), files.ending(extensions)
     beside = BesideImages(captions)
     rows, problems, used = [], [], set()
-    for image in tqdm(images, desc="reading", unit="image", leave=False, disable=None):
+    for image in Progress(images, desc="reading", unit="image", leave=False, disable=None):
         name = image.relative_to(folder).as_posix()
         sidecar = beside(image, extensions)
         used.add(sidecar)

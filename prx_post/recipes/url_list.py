@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import PARTIAL, FolderLock, make_folder, write_bytes, write_jsonl
+from prx_post.base.progress import Progress
 from prx_post.base.settings import doc, require
 from prx_post.recipes.download import EXTENSIONS, Fetched, Fetcher, Limits
 from prx_post.recipes.manifest import Entry, Journal, by_reason, damage, read_manifest, verify
@@ -149,7 +150,7 @@ def _safe_stem(key: str, taken: set[str]) -> str:
 def _still_valid(rows: list[Row], known: dict[str, Entry], folder: Path, retry_failed: bool) -> dict[str, Entry]:
     """What an earlier run settled; damaged files are named and left out, so that they are fetched again."""
     valid = {}
-    for row in tqdm(rows, desc="checking", unit="file", leave=False, disable=None):
+    for row in Progress(rows, desc="checking", unit="file", leave=False, disable=None):
         entry = known.get(row.key)
         if entry is None or entry.url != row.url:
             continue
@@ -185,7 +186,9 @@ def fetch_all(rows: list[Row], settled: dict[str, Entry], folder: Path, config: 
     pool = ThreadPoolExecutor(config.num_workers)
     try:
         jobs = [pool.submit(_fetch_group, patient, group, donors.get(url), folder) for url, group in by_url.items()]
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="fetching", unit="URL", leave=False, disable=None):
+        for job in Progress(
+            as_completed(jobs), total=len(jobs), desc="fetching", unit="URL", leave=False, disable=None
+        ):
             yield from job.result()
     finally:
         patient.stop.set()  # on an error or Ctrl-C nobody goes on waiting for another try

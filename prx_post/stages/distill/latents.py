@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import write_bytes
+from prx_post.base.progress import Progress
 from prx_post.base.ranks import Ranks
 from prx_post.data.buckets import Buckets
 from prx_post.data.cache import JoinedCache, TensorCache, check_free_space, content_key, fingerprint
@@ -139,7 +139,7 @@ def _make(
 ) -> None:
     assert isinstance(cache.latents, TensorCache)
     null = cache.embeddings[content_key("")]
-    progress = tqdm(total=len(batches), desc="teacher latents", unit="batch", disable=hides_progress)
+    progress = Progress(total=len(batches), desc="teacher latents", unit="batch", disable=hides_progress)
     for start in range(0, len(batches), BATCHES_A_FILE):
         made: list[tuple[str, Tensor]] = []
         for part in batches[start : start + BATCHES_A_FILE]:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import (
@@ -33,6 +32,7 @@ from prx_post.base.files import (
     write_jsonl,
 )
 from prx_post.base.parsing import parse
+from prx_post.base.progress import Progress
 from prx_post.base.ranks import launched_ranks
 from prx_post.base.settings import check_fields, doc
 from prx_post.data.cache import content_key, fingerprint
@@ -125,7 +125,7 @@ def make_pairs(config: MakePairsConfig, judge_config: VisionJudgeConfig) -> Path
         files = [prompts[i : i + config.prompts_per_file] for i in range(0, len(prompts), config.prompts_per_file)]
         missing = ranks.on_main(lambda: [i for i in range(len(files)) if not _scores_path(folder, i).is_file()])
         maker = _Maker(config, pipeline, size, cleaner, ranker, folder)
-        for first in tqdm(range(0, len(missing), ranks.world), desc="making pairs", disable=ranks.hides_progress):
+        for first in Progress(range(0, len(missing), ranks.world), desc="making pairs", disable=ranks.hides_progress):
             own = {number: files[number] for number in missing[first : first + ranks.world][ranks.rank :][:1]}
             ranks.together(partial(maker.make, own))
         judged = ranks.gather([dataclasses.asdict(ranker.judge.counts)] if ranker.judge is not None else [])

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
+from prx_post.base.progress import Progress
 from prx_post.data.buckets import Size
 from prx_post.data.pairs import Pair, PairSource
 from prx_post.data.plan import Draw, DrawPlan, stream
@@ -139,7 +139,7 @@ class OnlinePairs:
         groups: list[Group] = []
         self.policy.eval()
         firsts = range(0, len(batches), ranks.world)
-        for first in tqdm(firsts, desc=f"pairs of round {number + 1}", leave=False, disable=ranks.hides_progress):
+        for first in Progress(firsts, desc=f"pairs of round {number + 1}", leave=False, disable=ranks.hides_progress):
 
             def work(mine: int = first + ranks.rank) -> tuple[list[Group], int]:
                 return self._groups(batches[mine]) if mine < len(batches) else [], signals.received

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from prx_post.base.progress import Progress
 from prx_post.data.cache import TensorCache, content_key, fingerprint
 from prx_post.data.images import PREPROCESSING
 from prx_post.data.pairs import Pair, PairSource, RefErrors
@@ -95,7 +95,7 @@ class ReferenceErrors:
         run, pairs, count = self.run, self.source.pairs, self.config.precompute_ref_errors
         most, hides_progress = self.config.per_device_train_batch_size, run.ranks.hides_progress
         reference = FrozenCopy(run.place(run.transformer(self.pipeline, self.dtype)))
-        with tqdm(
+        with Progress(
             total=len(places), desc="errors of the reference", unit="pair", leave=False, disable=hides_progress
         ) as progress:
             for size in sorted({pairs[i].chosen.size for i in places}):

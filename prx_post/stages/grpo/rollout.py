@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prx_post.base.errors import PrxPostError
+from prx_post.base.progress import Progress
 from prx_post.data.plan import Draw, DrawPlan, stream
 from prx_post.data.source import timestep_and_noise
 from prx_post.engine.protocols import Batch
@@ -213,7 +213,7 @@ class Rollouts:
         made, began = list[dict[str, Tensor]](), time.perf_counter()
         self.policy.eval()
         firsts = range(0, len(rollout.seeds), most)
-        for first in tqdm(firsts, desc=f"rollout {number + 1}", leave=False, disable=ranks.hides_progress):
+        for first in Progress(firsts, desc=f"rollout {number + 1}", leave=False, disable=ranks.hides_progress):
 
             def work(part: slice = slice(first, first + most)) -> int:
                 trajectories = self._trajectories(rollout, part, window)
