@@ -21,7 +21,7 @@ def test_version_and_unknown_commands(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("prx-post 0.")
     assert main(["train"]) == 2
-    assert "'train' is not a command. Choose from sft, distill, dpo, grpo, generate" in capsys.readouterr().err
+    assert "'train' is not a command. Choose from sft, distill, dpo, draft, grpo, generate" in capsys.readouterr().err
 
 
 def test_help_of_a_command_documents_every_setting(prx_post):

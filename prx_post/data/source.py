@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from prx_post.data.encoding import EncodedCache
 from prx_post.data.plan import Draw, Plan
 from prx_post.data.rows import ImageRows
 from prx_post.data.scan import Sample
-from prx_post.engine.protocols import Batch
+from prx_post.engine.protocols import Batch, OfflineSource
 from prx_post.flow import sample_timesteps
 from prx_post.model.text import pad_embeddings
 
@@ -34,7 +33,7 @@ def no_randomness(draw: Draw, shape: Sequence[int], step: int) -> dict[str, Tens
 
 
 @dataclass
-class LatentSource:
+class LatentSource(OfflineSource):
     """This rank's micro-batches: latents [B, C, H, W], prompt_embeds [B, L, D], prompt_mask [B, L] bool, and what
     `randomness` draws for each sample.
 
@@ -59,16 +58,9 @@ class LatentSource:
     pad_length: int | None = None
     arrange: Callable[[Batch], Batch] | None = None
     """The last word on a batch."""
-    online: bool = False
 
     def __post_init__(self) -> None:
         self._null_key = content_key(self.encoders.cleaner(""))
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {}, {}
-
-    def load_state(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """There is none."""
 
     def batches(self, step: int) -> Iterator[Batch]:
         size, world = self.micro_batch_size, self.world_size

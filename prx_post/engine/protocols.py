@@ -35,6 +35,18 @@ class Source(Protocol):
         """Put `state` back. `tensors` are those of all ranks that saved, joined along the first axis in rank order."""
 
 
+class OfflineSource:
+    """What offline sources have in common: nothing to keep."""
+
+    online = False
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {}, {}
+
+    def load_state(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """There is none."""
+
+
 def always(step: int) -> bool:
     return True
 

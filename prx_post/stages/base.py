@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prx_post.base.errors import PrxPostError
+from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.base.files import write_jsonl
 from prx_post.data.buckets import Size
 from prx_post.data.cache import content_key, fingerprint
@@ -22,6 +22,7 @@ from prx_post.data.scan import Sample
 from prx_post.engine.protocols import Batch, Monitor, Objective
 from prx_post.engine.run import Run
 from prx_post.evaluation.monitor import ImageMonitor, Judges
+from prx_post.flow import inference_sigmas
 from prx_post.model import lora
 from prx_post.model.card import ModelCard
 from prx_post.model.checkpoint import PipelineFolder, emit, load, open_pipeline
@@ -114,6 +115,17 @@ class PipelineStage:
         changes = self.config.scheduler_changes if isinstance(self.config, SchedulerConfig) else {}
         scheduler = self.pipeline.load_scheduler()
         return rescheduled(scheduler, **changes) if changes else scheduler
+
+    def grid(self, num_steps: int) -> Tensor:
+        """Noise levels [N + 1] that the emitted scheduler visits. Raises ConfigError if it cannot give so many."""
+        try:
+            return inference_sigmas(self.scheduler, num_steps)
+        except ValueError as error:
+            last = self.scheduler.config.shift_terminal
+            raise ConfigError(
+                f"the emitted scheduler cannot sample in {num_steps} steps with shift_terminal {last}: {error}. Change "
+                f"one of them."
+            ) from error
 
     @property
     def bases(self) -> tuple[PipelineFolder, ...]:

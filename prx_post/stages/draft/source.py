@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from prx_post.data.plan import Plan
-from prx_post.engine.protocols import Batch
+from prx_post.engine.protocols import Batch, OfflineSource
 from prx_post.model.text import pad_embeddings
 from prx_post.stages.base import Encoded
 
 
 @dataclass
-class PromptSource:
+class PromptSource(OfflineSource):
     """This rank's micro-batches: `noise` [B, C, H, W], prompt_embeds [B, L, D], prompt_mask [B, L], and `prompts`.
 
     Args:
@@ -32,13 +31,6 @@ class PromptSource:
     pad_length: int
     num_fresh: int = 0
     has_null: bool = False
-    online: bool = False
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {}, {}
-
-    def load_state(self, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """There is none."""
 
     def batches(self, step: int) -> Iterator[Batch]:
         size, world = self.micro_batch_size, self.world_size

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prx_post.base.errors import ConfigError, PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.data.cache import content_key
 from prx_post.data.config import PromptConfig
 from prx_post.data.plan import DrawPlan
 from prx_post.engine.protocols import Batch, Objective
 from prx_post.engine.run import Run
-from prx_post.flow import inference_sigmas
 from prx_post.model.codec import LatentCodec
 from prx_post.model.config import ModelConfig
 from prx_post.rewards.registry import REGISTRY, parse_specs
@@ -32,20 +31,9 @@ class Draft(PipelineStage):
     def __init__(self, model: ModelConfig, data: PromptConfig, config: DraftConfig, *, planned: bool = False) -> None:
         super().__init__(model, config, data, data.fixed_size, planned)
         self.prompts_file = str(data.prompts_file)
-        self.sigmas = self._grid()
+        self.sigmas = self.grid(config.num_inference_steps)
         self.rows = [] if planned else read_prompts(self.prompts_file, self.cleaner)
         self.rewards = {} if planned else open_rewards(config, self.rows)
-
-    def _grid(self) -> Tensor:
-        """Noise levels of the emitted sampler, [N + 1]."""
-        steps, last = self.config.num_inference_steps, self.config.shift_terminal
-        try:
-            return inference_sigmas(self.scheduler, steps)
-        except ValueError as error:
-            raise ConfigError(
-                f"num_inference_steps is {steps}, which cannot be sampled with shift_terminal {last}: {error}. Change "
-                f"one of them."
-            ) from error
 
     def data(self, run: Run) -> Encoded:
         prompts, rewards = [row["prompt"] for row in self.rows], ", ".join(self.config.reward_funcs)

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from prx_post.base.errors import ConfigError, PrxPostError
+from prx_post.base.errors import PrxPostError
 from prx_post.data.buckets import Size
 from prx_post.data.cache import content_key
 from prx_post.data.config import PromptConfig
 from prx_post.data.encoding import EncodedCache
 from prx_post.engine.protocols import Batch, Monitor, Objective
 from prx_post.engine.run import Run
-from prx_post.flow import inference_sigmas
 from prx_post.model.config import ModelConfig
 from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.stages.base import Encoded, PipelineStage
@@ -49,7 +48,7 @@ class GRPO(PipelineStage):
         super().__init__(model, config, data, data.fixed_size, planned)
         self.prompts_file, self.guard = str(data.prompts_file), Guard()
         self.rollout_size = self._rollout_size()
-        self.sigmas = self._grid()
+        self.sigmas = self.grid(config.rollout_steps)
         self.rows = [] if planned else read_prompts(self.prompts_file, self.cleaner)
         self.scorer = None if planned else Scorer.open(config, judge, self.rows, self.guard)
 
@@ -58,17 +57,6 @@ class GRPO(PipelineStage):
         if config.rollout_height is None:
             return self.pipeline.resolve_size(*(self.size or (None, None)))
         return self.pipeline.resolve_size(config.rollout_height, config.rollout_width)
-
-    def _grid(self) -> torch.Tensor:
-        """Noise levels of rollouts, [N + 1]."""
-        steps = self.config.rollout_steps
-        try:
-            return inference_sigmas(self.scheduler, steps)
-        except ValueError as error:
-            raise ConfigError(
-                f"rollouts of {steps} steps cannot be sampled with shift_terminal {self.config.shift_terminal}: "
-                f"{error}. Change one of them."
-            ) from error
 
     @property
     def largest_size(self) -> Size:
