@@ -1,7 +1,7 @@
 """What a student of few steps points to along its path, under Euler's steps and others: exact match of x0 by level.
 
-    python benchmarks/student_path.py --output runs/student-path ladd=runs/demo/distill-ladd-alone/final \
-        by-level=runs/demo/distill-ladd-8/final                                             # after `make distill`
+    python benchmarks/student_path.py --output runs/student-path by-level=runs/demo/distill-ladd-8/final \
+        regression=runs/demo/distill/final                                 # after `make ladd` and `make distill`
 
 A student may say rightly where an image lies and still be led astray: Euler's step keeps the noise that it began
 with, which in training never stood beside an image of its own. path.svg in the output shows it.
