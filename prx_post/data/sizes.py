@@ -30,7 +30,7 @@ class CacheSize:
     looked_at: int
     latents: int
     embeddings: int
-    entries: int = 0
+    entries: int
 
     @property
     def total(self) -> int:

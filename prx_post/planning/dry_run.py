@@ -177,8 +177,12 @@ def dry_run(open_stage: Callable[[Any], Stage], config: Any, device: str, operat
     fakes = FakeTensorMode(allow_non_fake_inputs=True)  # such as the noise levels of a grid
     with fakes:
         data, batch = stage.example(run)
+        held, of_anchor = (None, {}) if stage.anchor is None else stage.anchor.example(run)
+    batch |= of_anchor
     with torch.device("meta"):  # outside, for peft moves an adapter to its layer's device, which fakes refuse
         objective = stage.objective(run, data)
+        if stage.anchor is not None:
+            objective = stage.anchor.objective(run, objective, held)
     with fakes:
         for module in (objective, *run.made):
             _move(module, run.device)

@@ -33,6 +33,9 @@ from prx_post.model.sampler import Sampler
 from prx_post.model.scheduler import rescheduled
 from prx_post.model.text import PromptCleaner
 from prx_post.model.trainable import make_trainable, with_weights
+from prx_post.stages.anchor.anchored import Anchor
+from prx_post.stages.anchor.config import AnchorConfig
+from prx_post.stages.compatibility import check_fit
 from prx_post.stages.registry import RolloutWork
 
 CAPTIONS_SHOWN = 4
@@ -108,6 +111,15 @@ class PipelineStage:
             lora.check_targets(self.pipeline, model.lora_target_modules)
         self.judges = Judges([], {}) if planned else Judges.open(config)
         self.cleaner = PromptCleaner(encoding.skip_text_cleaning)
+        self.anchor = self._open_anchor(planned)
+
+    def _open_anchor(self, planned: bool) -> Anchor | None:
+        """A distillation that is trained along, of the same kind of network."""
+        if not isinstance(self.config, AnchorConfig) or self.config.anchor_config is None:
+            return None
+        anchor = Anchor(self, planned)
+        check_fit(self.pipeline, anchor.stage.teacher_pipeline, "anchor's teacher")
+        return anchor
 
     @cached_property
     def scheduler(self) -> Any:

@@ -47,6 +47,8 @@ class Stage(Protocol):
     """What is post-trained and emitted."""
     largest_size: Any
     """Height and width of the largest images, pixels."""
+    anchor: Any
+    """A distillation that is trained along (`stages.anchor`), or None."""
 
     def __init__(self, *configs: Any, planned: bool = False) -> None:
         """Opens JSON files and raises every error that can be known now; if only planned, data need not be there."""

@@ -47,15 +47,21 @@ def _prepare(stage: Stage, run: Run) -> tuple[Trainer, Any]:
             f"{run.saved.folder} is of the stage {run.saved.info['stage']}, not {stage.name}. Choose another "
             f"output_dir, and start from the pipeline that the other stage emits."
         )
-    data = stage.data(run)
+    data, anchor = stage.data(run), stage.anchor
+    if anchor is not None:
+        anchor.prepare(run)
     steps_per_epoch = stage.steps_per_epoch(run, data)
     run.set_length(steps_per_epoch)
     identity = {"stage": stage.name, **stage.identity(run, data)}
+    if anchor is not None:
+        identity["anchor"] = anchor.identity(run)
     run.seed()
     objective = stage.objective(run, data)
     run.seed(run.ranks.rank)
     source = stage.source(run, data, objective)
     monitor = stage.monitor(run, data, objective)
+    if anchor is not None:
+        objective, source = anchor.join(run, objective, source)
     run.log = RunLog(run)
     if run.ranks.is_main:
         run.log.say(banner(run, steps_per_epoch, objective))

@@ -1,6 +1,7 @@
 """`prx-post distill` on the embedded base, a few steps at a time."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,13 +9,14 @@ import torch
 from diffusers import PRXPipeline
 from safetensors.torch import load_file
 
+from prx_post.cli import main
 from prx_post.engine.checkpointing import open_checkpoint
 from prx_post.engine.signals import StopTraining
 from prx_post.evaluation import monitor
 from prx_post.flow import inference_sigmas, seeded_noise
 from prx_post.model.checkpoint import open_pipeline
 from prx_post.stages.distill.pipelines import student_scheduler
-from tests.distilling import BY_LEVEL, PROMPTS, settings
+from tests.distilling import BY_LEVEL, PROMPTS, arguments, settings
 from tests.faults import weights
 from tests.running import train_distill as train
 
@@ -247,6 +249,17 @@ def test_evaluating_does_not_touch_training(prompts_file, warm_cache, tmp_path):
     train(*settings(prompts_file, warm_cache, tmp_path / "watched", **common))
     ours, theirs = weights(tmp_path / "watched"), weights(tmp_path / "plain")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": ["dmd2"], "timestep_weights": [2, 1, 1, 0]}, BY_LEVEL])
+def test_a_plan_says_what_it_takes(prompts_file, warm_cache, tmp_path, capsys, changes):
+    (_, *given) = arguments(prompts_file, warm_cache, tmp_path / "run", **changes)
+    assert main(["plan", "--stage", "distill", *given]) == 0
+    report = capsys.readouterr().out
+    assert re.search(r"peak +[\d.]+ GiB", report)
+    assert re.search(r"frozen +[\d.]+ GiB in other networks", report)
+    assert f"epochs of {len(PROMPTS)}" in report
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_collapsed_student_ends_the_run_with_its_state_saved(prompts_file, warm_cache, tmp_path, monkeypatch):

@@ -18,6 +18,10 @@ ONLINE = {
     **{"prompts_per_round": 6, "rollout_num_inference_steps": 2, "rollout_guidance_scale": 1, "rollout_batch_size": 8},
 }
 ROUNDS = {**ONLINE, "steps_per_round": 2, "sync_ref_model": "true"}
+STEPS = {
+    **{"log_ratio": "steps", "num_inference_steps": 3, "rollout_num_inference_steps": None, "steps_per_round": 2},
+    **{"save_steps": 1, "learning_rate": 1e-3},
+}
 LORA = {"use_peft": "true", "lora_r": 4, "learning_rate": 1e-3}
 
 
@@ -98,6 +102,20 @@ def test_a_round_whose_last_step_is_skipped_still_makes_the_policy_the_reference
     assert (tmp_path / "run" / "nonfinite.jsonl").is_file()
     assert losses[2] != pytest.approx(math.log(2), abs=1e-3)
     assert losses[4] == pytest.approx(math.log(2), abs=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {**LORA, "sync_ref_model": "true"}, {"rollout_sampler": "renoise"}])
+def test_the_steps_of_trajectories_begin_at_no_difference_and_resume_to_the_bit(prompts, warm_cache, tmp_path, changes):
+    changes = {**STEPS, **changes}
+    assert main(arguments(prompts, warm_cache, tmp_path / "whole", **changes)) == 0
+    lines = numbers(tmp_path / "whole")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines[1]["loss"] != pytest.approx(math.log(2), abs=1e-4)
+    states = open_checkpoint(tmp_path / "whole" / "checkpoint-000001").joined("source")["latents"]
+    assert states.shape == (12, 3, 4, 8, 16), "of six pairs, at each noise level but 0"
+    broken = stopped_after(tmp_path / "whole", 1, tmp_path / "broken")
+    assert main(arguments(prompts, warm_cache, broken, **changes)) == 0
+    assert differences(broken, tmp_path / "whole") == []
 
 
 def test_all_pairs_of_a_prompt_keep_each_image_once(prompts, warm_cache, tmp_path):

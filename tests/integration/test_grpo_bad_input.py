@@ -35,6 +35,12 @@ def prompts(tmp_path_factory):
         ({"rollout_sampler": "renoise", "noise_level": 0.5}, "noise_level is 0.5, but must be null"),
         ({"noise_level": 1.0}, "noise_level is 1.0, but must be below 1 for cps"),
         ({**FORWARD, "window": "fast"}, "window is 'fast', but must be 'all' because method is 'dgpo'"),
+        (
+            {"last_step_reward_weight": 0.1},
+            "last_step_reward_weight is 0.1, but must be 0 because none of jpeg_compressibility (reward_funcs) has",
+        ),
+        ({"last_step_reward_margin": 1}, "last_step_reward_margin is 1.0, but must be None because last_step_reward"),
+        ({**FORWARD, "last_step_reward_weight": 1}, "last_step_reward_weight is 1.0, but must be 0.0 because method"),
         ({"nft_beta": 0.5}, "nft_beta is 0.5, but must be 1.0 because method is 'grpo'"),
         ({"normalise_ratio": "true", "max_divergence": 1e-6}, "max_divergence is 1e-06, but must be null"),
         ({"sync_ref_model": "true"}, "sync_ref_model is True, but must be false because beta is 0"),

@@ -10,6 +10,7 @@ from prx_post.base.errors import ConfigError
 from prx_post.objectives.draft import drift, reward_loss
 from prx_post.stages.draft.config import DraftConfig
 from prx_post.stages.draft.objective import RewardGradient
+from prx_post.stages.reward_gradient import LatentReward
 
 SIGMAS = torch.tensor([1.0, 0.6, 0.2, 0.0])
 W = 0.5
@@ -37,9 +38,10 @@ def config(**changes):
 
 
 def objective(reference=None, renoises=False, **changes):
+    given, scores = config(**changes), {"judge_graded": lambda pixels, prompts: pixels.flatten(1).mean(1)}
+    reward = LatentReward(lambda latents: latents, scores, given.weights, margin=given.reward_margin)
     return RewardGradient(
-        *(Scale(), config(**changes), SIGMAS, lambda latents: latents),
-        {"judge_graded": lambda pixels, prompts: pixels.flatten(1).mean(1)},
+        *(Scale(), given, SIGMAS, reward),
         reference=reference,
         renoises=renoises,
     )

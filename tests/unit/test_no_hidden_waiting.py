@@ -15,8 +15,8 @@ from prx_post.stages.dpo.objective import PairObjective
 from prx_post.stages.grpo.config import GRPOConfig
 from prx_post.stages.grpo.guard import Guard
 from prx_post.stages.grpo.objective import ForwardProcess, PolicyGradient
-from prx_post.stages.grpo.trajectories import transition_of
 from prx_post.stages.sft.objective import FlowMatchingObjective
+from prx_post.stages.trajectories import transition_of
 from tests import distilling
 
 

@@ -11,8 +11,8 @@ from prx_post.sampling import euler_sample
 from prx_post.stages.grpo.config import GRPOConfig
 from prx_post.stages.grpo.guard import Guard
 from prx_post.stages.grpo.objective import PolicyGradient, batch_velocity
-from prx_post.stages.grpo.trajectories import Seeded, sample_trajectories, transition_of
 from prx_post.stages.grpo.windows import Window, window_of
+from prx_post.stages.trajectories import Seeded, sample_trajectories, transition_of
 from tests import distilling
 
 SHAPE, STEPS = (4, 8, 16), 5

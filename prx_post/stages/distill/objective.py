@@ -166,6 +166,10 @@ class DistillationObjective(Objective):
             loss = loss + _no_change(self.policy)
         return loss, metrics
 
+    def idle(self) -> Tensor | int:
+        """A loss that changes none of the methods' networks, for passes in which they have no part."""
+        return sum(_no_change(network) for network in self.networks.values())
+
     def student_step(self, batch: Batch) -> StudentStep:
         """Noise the latents to a level of the grid, or go there, and ask the student for the velocity."""
         x0, level = batch["latents"].float(), batch["level"]

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -101,8 +102,11 @@ class Distill(PipelineStage):
         return self.teacher_pipeline
 
     def objective(self, run: Run, data: Encoded) -> DistillationObjective:
+        return self.objective_for(self.policy(run), run, data)
+
+    def objective_for(self, policy: Any, run: Run, data: Encoded) -> DistillationObjective:
+        """Of a student that another stage trains, too."""
         config, shape = self.config, self.teacher_pipeline.configs["transformer"]
-        policy = self.policy(run)
         null, guidance = data.embed("").to(run.device), self.teacher_config.teacher_guidance_scale
         teacher = Teacher(self.teacher_network(run), null, guidance, shape["patch_size"])
         terms: dict[str, Term] = {}
@@ -246,12 +250,14 @@ class Distill(PipelineStage):
 
     def typical_levels(self, count: int) -> list[int]:
         """Noise levels of `count` samples, as often as each is drawn after the warm-up."""
-        randomness, fraction = self.randomness(), self.teacher_config.real_fraction
-        often = randomness.level_weights / randomness.level_weights.sum()
-        if randomness.real_level_weights is not None:
-            of_real = randomness.real_level_weights / randomness.real_level_weights.sum()
-            often = (1 - fraction) * often + fraction * of_real
-        upper, middles = often.cumsum(0).tolist(), [(i + 0.5) / count for i in range(count)]
+        config, fraction = self.config, self.teacher_config.real_fraction
+        of_teachers = config.timestep_weights or [1.0] * config.num_inference_steps
+        of_real = config.real_timestep_weights or of_teachers
+        often = [  # without tensors, whose values a plan does not know
+            (1 - fraction) * here / sum(of_teachers) + fraction * there / sum(of_real)
+            for here, there in zip(of_teachers, of_real, strict=True)
+        ]
+        upper, middles = list(itertools.accumulate(often)), [(i + 0.5) / count for i in range(count)]
         return [min(bisect.bisect(upper, middle), len(upper) - 1) for middle in middles]
 
     def _typically_own(self, levels: list[int]) -> list[bool]:
@@ -268,7 +274,8 @@ class Distill(PipelineStage):
         embedding = self.pipeline.max_prompt_tokens * self.pipeline.configs["transformer"]["context_in_dim"]
         latents = len(prompts) * torch.float32.itemsize * channels * height * width
         unique = len({prompt.key for prompt in prompts})
-        return CacheSize(len(prompts), len(prompts), latents, unique * self.text_dtype().itemsize * embedding)
+        embeddings = unique * self.text_dtype().itemsize * embedding
+        return CacheSize(len(prompts), len(prompts), latents, embeddings, entries=len(prompts))
 
     def _check_real_fraction(self, run: Run) -> None:
         fraction, size = self.teacher_config.real_fraction, run.global_batch_size

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from prx_post.base.settings import doc, require
 from prx_post.data.config import PreferenceConfig, TimestepConfig
 from prx_post.evaluation.monitor_config import MonitorConfig
-from prx_post.model.config import GUIDANCE, ModelConfig
+from prx_post.model.config import GUIDANCE, NOISE_LEVEL, ModelConfig
 from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.rewards.registry import RewardSpec
+from prx_post.stages.anchor.config import AnchorConfig
+
+STEP_SAMPLERS = ("cps", "renoise")
+"""Whose steps are random, and keep to what a student was trained on."""
 
 
 @dataclass
@@ -81,7 +85,7 @@ class OnlineConfig(RankingConfig):
 
 
 @dataclass
-class DPOConfig(TimestepConfig, OnlineConfig, MonitorConfig):
+class DPOConfig(TimestepConfig, OnlineConfig, AnchorConfig, MonitorConfig):
     """Preference optimisation, on top of the training loop's settings. Names are TRL's wherever one exists."""
 
     beta: float = doc(
@@ -113,6 +117,20 @@ class DPOConfig(TimestepConfig, OnlineConfig, MonitorConfig):
         "shared",
         one_of=("shared", "own"),
     )
+    log_ratio: str = doc(
+        "What stands for an image's log-probability. `noised`: its error when it is noised (Diffusion-DPO); `steps`: "
+        "exact, of the random steps that the policy made it in (D3PO, PSO), for pairs: online without guidance.",
+        "noised",
+        one_of=("noised", "steps"),
+        resume="fixed",
+    )
+    rollout_sampler: str | None = doc(
+        "Of those steps: `cps`, between Euler and re-noising, or `renoise`; null: cps.",
+        None,
+        one_of=STEP_SAMPLERS,
+        resume="fixed",
+    )
+    noise_level: float | None = doc("How random cps is, below 1; null: 0.5.", None, above=0, below=1, resume="fixed")
     ref_model_name_or_path: str | None = doc("Reference; null: the checkpoint that is trained.", None)
     ref_model_revision: str | None = doc("Hub revision of the reference.", None)
     reference_free: bool = doc("Compare with errors of 0, not a reference's; needs no second network.", False)
@@ -129,6 +147,7 @@ class DPOConfig(TimestepConfig, OnlineConfig, MonitorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_online()
+        self.check_anchor()
         self._only_for(("sigmoid",), "label_smoothing", 0.0)
         for name, default in (
             ("lose_weight", 1.0),
@@ -149,7 +168,48 @@ class DPOConfig(TimestepConfig, OnlineConfig, MonitorConfig):
         is_kto = self.loss_type == "kto"
         self._refuse(is_kto, ("pairs", "dataset"), ("precompute_ref_errors", 0), ("reference_free", False))
         self._refuse(self.is_online, ("precompute_ref_errors", 0))
+        self._check_steps()
         self._refuse(self.sync_ref_model, ("ref_model_name_or_path", None), ("reference_free", False))
+
+    def _check_steps(self) -> None:
+        """What contradicts `log_ratio`."""
+        reason = "log_ratio is 'steps'"
+        if not self.is_by_steps:
+            for name in ("rollout_sampler", "noise_level"):
+                value, why = getattr(self, name), f"log_ratio is {self.log_ratio!r}"
+                require(value is None, name, value, "null", why, "Leave it out, or set log_ratio: steps")
+            return
+        why, action = f"{reason}, and a policy knows the steps of its own images alone", "Set it"
+        require(self.is_online, "pairs", self.pairs, "'online'", why, action)
+        guidance = self.rollout_guidance_scale or self.guidance_scale
+        name = "guidance_scale" if self.rollout_guidance_scale is None else "rollout_guidance_scale"
+        require(guidance == 1, name, guidance, "1", f"{reason}, of steps without guidance", action)
+        steps = self.rollout_num_inference_steps or self.num_inference_steps
+        name = "num_inference_steps" if self.rollout_num_inference_steps is None else "rollout_num_inference_steps"
+        require(
+            steps > 1, name, steps, "2 or more", "the last step is not random, and one before it must be", "Raise it"
+        )
+        why, is_cps = f"rollout_sampler is {self.rollout_sampler!r}", self.step_sampler == "cps"
+        require(is_cps or self.noise_level is None, "noise_level", self.noise_level, "null", why, "Leave it out")
+        for field in dataclasses.fields(TimestepConfig):
+            value = getattr(self, field.name)
+            ok, why = value == field.default, f"{reason}, and nothing is noised"
+            require(ok, field.name, value, f"{field.default!r}", why, "Leave it out")
+        ok, why = self.pair_noise == "shared", f"{reason}, whose noise is known"
+        require(ok, "pair_noise", self.pair_noise, "shared", why, "Leave it out")
+
+    @property
+    def is_by_steps(self) -> bool:
+        """Whether the loss is on the sampler's steps."""
+        return self.log_ratio == "steps"
+
+    @property
+    def step_sampler(self) -> str:
+        return self.rollout_sampler or STEP_SAMPLERS[0]
+
+    @property
+    def step_noise_level(self) -> float:
+        return NOISE_LEVEL if self.noise_level is None else self.noise_level
 
     def _refuse(self, is_set: bool, *defaults: tuple[str, object]) -> None:
         """What must be at its default if `is_set`."""
@@ -165,6 +225,7 @@ class DPOConfig(TimestepConfig, OnlineConfig, MonitorConfig):
 
     def check_zero(self, stage: int, offload: bool) -> None:
         """Raise ConfigError for what cannot be done with split weights."""
+        super().check_zero(stage, offload)
         reason = "images are made, and the reference is brought up to date, with whole weights"
         require(stage < 3 or not self.is_online, "deepspeed", f"zero{stage}", "zero1 or zero2", reason, "Set it")
 

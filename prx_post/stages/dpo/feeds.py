@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,17 +19,21 @@ from prx_post.engine.protocols import Batch, Source
 from prx_post.engine.run import Run
 from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.stages.base import Encoded
-from prx_post.stages.dpo.objective import ComparedWithReference, LabelObjective, PairObjective
+from prx_post.stages.dpo.objective import ComparedWithReference, LabelObjective, PairObjective, StepPairObjective
 from prx_post.stages.dpo.online import OnlinePairs
 from prx_post.stages.dpo.ranking import Ranker
 from prx_post.stages.dpo.references import ReferenceErrors
+from prx_post.stages.dpo.steps import StepSampler, random_step
 from prx_post.stages.prompted import encode_prompt_set, read_prompts
+from prx_post.stages.trajectories import Transition, transition_of
 
 
 class Feed(Protocol):
     """Opened before any model is loaded: raises then what can be known."""
 
-    objective: ClassVar[type[ComparedWithReference]]
+    @property
+    def objective(self) -> Callable[..., ComparedWithReference]:
+        """Makes it of a policy, its learning rate, the reference, when that is synced, and the loss's settings."""
 
     def data(self, run: Run) -> Encoded: ...
 
@@ -46,7 +50,7 @@ class Feed(Protocol):
 class PairFeed:
     """Pairs of a data set."""
 
-    objective: ClassVar[type[ComparedWithReference]] = PairObjective
+    objective = PairObjective
 
     def __init__(self, stage: Any, planned: bool) -> None:
         self.stage, self.config, self.data_config = stage, stage.config, stage.data_config
@@ -99,7 +103,7 @@ class PairFeed:
 class LabelFeed:
     """Images labelled good or bad."""
 
-    objective: ClassVar[type[ComparedWithReference]] = LabelObjective
+    objective = LabelObjective
 
     def __init__(self, stage: Any, planned: bool) -> None:
         self.stage, self.config, self.data_config = stage, stage.config, stage.data_config
@@ -148,15 +152,31 @@ class LabelFeed:
 class OnlineFeed:
     """Pairs that the policy makes."""
 
-    objective: ClassVar[type[ComparedWithReference]] = PairObjective
-
     def __init__(self, stage: Any, judge: VisionJudgeConfig, planned: bool) -> None:
         self.stage, self.config = stage, stage.config
+        self.sigmas = stage.grid(self._num_steps) if self.config.is_by_steps else None
         rows = [] if planned else read_prompts(self.config.prompts_file, stage.cleaner)
         self.prompts = [row["prompt"] for row in rows]
         self.ranker = None if planned else Ranker.open(self.config, judge)
         if self.ranker is not None:
             self.ranker.check(self.prompts)
+
+    @property
+    def objective(self) -> Callable[..., ComparedWithReference]:
+        if self.sigmas is None:
+            return PairObjective
+        return partial(StepPairObjective, transition=self._transition, sigmas=self.sigmas)
+
+    @property
+    def _num_steps(self) -> int:
+        return self.config.rollout_num_inference_steps or self.config.num_inference_steps
+
+    @property
+    def _transition(self) -> Transition:
+        assert self.sigmas is not None
+        found = transition_of(self.config.step_sampler, self.config.step_noise_level, self.sigmas)
+        assert found is not None
+        return found
 
     def data(self, run: Run) -> Encoded:
         """Samples are the prompts."""
@@ -179,14 +199,22 @@ class OnlineFeed:
             return pair_source(stage, run, pairs, data, plan, cache=EncodedCache(held, embeddings))
 
         sampler = stage.sampler(policy, run)
-        sampler.num_inference_steps = config.rollout_num_inference_steps or config.num_inference_steps
+        sampler.num_inference_steps = self._num_steps
         sampler.guidance_scale = config.rollout_guidance_scale or config.guidance_scale
+        steps = None
+        if self.sigmas is not None:
+            given = (policy, self._transition, self.sigmas, sampler.latent_shape, run.device, sampler.pad_length)
+            steps = StepSampler(*given, autocast=config.bf16)
         return OnlinePairs(
-            *(run, config, stage.largest_size, data.samples, policy, sampler, data, self.ranker), source_of
+            *(run, config, stage.largest_size, data.samples, policy, sampler, data, self.ranker), source_of, steps
         )
 
     def example(self, batch: Batch) -> Batch:
-        return _example_of_pairs(batch, own_noise=self.config.pair_noise == "own")
+        if self.sigmas is None:
+            return _example_of_pairs(batch, own_noise=self.config.pair_noise == "own")
+        states = torch.stack([torch.empty_like(batch["latents"])] * (len(self.sigmas) - 1), dim=1)
+        index = torch.zeros(len(states), dtype=torch.int64, device=states.device)
+        return {**batch, "latents": states, "rejected": states, "step_index": index}
 
     def cache_size(self) -> str:
         return "of images nothing is cached: the policy makes them"
@@ -215,7 +243,9 @@ def pair_source(
         encoders=data.encoders,
         plan=plan,
         **stage.batch_options(run),
-        randomness=partial(timestep_and_noise, **stage.config.timestep_density),
+        randomness=random_step
+        if stage.config.is_by_steps
+        else partial(timestep_and_noise, **stage.config.timestep_density),
         pairs=pairs,
         own_noise=stage.config.pair_noise == "own",
         beta_by_gap=stage.config.beta_by_gap,

@@ -10,6 +10,7 @@ from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Prom
 from prx_post.flow import interpolate, velocity_target
 from prx_post.model.denoiser import PromptedVelocity, predict_velocity
 from prx_post.objectives.dpo import diffusion_dpo_loss, diffusion_kto_loss
+from prx_post.stages.trajectories import Transition
 
 
 def image_errors(velocity: PromptedVelocity, x0: Tensor, noise: Tensor, t: Tensor, prompts: Prompts) -> Tensor:
@@ -67,18 +68,50 @@ class PairObjective(ComparedWithReference):
     """Wallace et al. 2023, eq. 14, in the flow's variables. `loss`: settings of `diffusion_dpo_loss`."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`batch`: as for `pair_errors`; `ref_errors` [B, 2] if they were computed before; `beta_scale` [B]."""
+        """`batch`: as for `errors`; `ref_errors` [B, 2] if they were computed before; `beta_scale` [B]."""
         if "ref_errors" in batch:
             ref = batch["ref_errors"]
         elif self.reference is None:
             ref = batch["t"].new_zeros(len(batch["t"]), 2)
         else:  # first, for it may be the policy's own network with other weights
-            ref = pair_errors(self.reference.velocity, batch)
-        errors = pair_errors(self.velocity, batch)
+            ref = self.errors(self.reference.velocity, batch)
+        errors = self.errors(self.velocity, batch)
         loss = self.loss
         if "beta_scale" in batch:
             loss = {**loss, "beta": loss["beta"] * batch["beta_scale"]}
         return diffusion_dpo_loss(errors[:, 0], errors[:, 1], ref[:, 0], ref[:, 1], **loss)
+
+    def errors(self, velocity: PromptedVelocity, batch: Batch) -> Tensor:
+        """Of the chosen and of the rejected images, [B, 2]."""
+        return pair_errors(velocity, batch)
+
+
+class StepPairObjective(PairObjective):
+    """The same loss on the steps of the sampler that made the images: D3PO (Yang et al. 2024), PSO (Miao et al. 2024).
+
+    In the place of a noised image's error stands -2 ln p of a step's end given its beginning, exact for a sampler whose
+    steps are random. So nothing is assumed of the policy at noised images, which a student of few steps does not know.
+    Differs from PSO, eq. 9: one step of each trajectory a time, at random, not the sum of all.
+
+    Args:
+        transition: the random step.
+        sigmas: the grid, [N + 1].
+    """
+
+    def __init__(self, *given: Any, transition: Transition, sigmas: Tensor, **loss: Any) -> None:
+        super().__init__(*given, **loss)
+        self.transition: Any = transition
+        self.sigmas = sigmas
+
+    def errors(self, velocity: PromptedVelocity, batch: Batch) -> Tensor:
+        """`batch`: latents and rejected, the states of their trajectories [B, N, C, H, W], and step_index [B]."""
+        states, index = torch.cat([batch["latents"], batch["rejected"]]), torch.cat([batch["step_index"]] * 2)
+        rows, sigmas = torch.arange(len(index), device=index.device), self.sigmas.to(index.device)
+        x_t, x_next = states[rows, index], states[rows, index + 1]
+        prompts = (torch.cat([batch["prompt_embeds"]] * 2), torch.cat([batch["prompt_mask"]] * 2))
+        predicted = velocity(x_t, sigmas[index], prompts)
+        step = self.transition(x_t, predicted, sigmas[index], sigmas[index + 1], x_next=x_next)
+        return torch.stack((-2 * step.log_prob).chunk(2), dim=1)
 
 
 class LabelObjective(ComparedWithReference):

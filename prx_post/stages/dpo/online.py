@@ -28,6 +28,7 @@ from prx_post.model.sampler import Sampler
 from prx_post.stages.base import Encoded
 from prx_post.stages.dpo.config import DPOConfig
 from prx_post.stages.dpo.ranking import Ranker, couples
+from prx_post.stages.dpo.steps import StepSampler
 from prx_post.stages.prompted import noise_seeds
 
 ROUND = 7
@@ -55,7 +56,9 @@ class Made:
 
 @dataclass
 class Group:
-    """What came of one prompt: all images' scores, the pairs, and the latents [N, C, H, W] of the images in them."""
+    """What came of one prompt: all images' scores, the pairs, and of the images in them the latents [N, C, H, W], or
+    the states of their trajectories [N, T, C, H, W].
+    """
 
     scores: list[float]
     pairs: list[Made]
@@ -73,6 +76,7 @@ class OnlinePairs:
         prompts: of which each round takes `prompts_per_round`, all of them before any comes again.
         sampler: generates with `policy`, in training.
         source_of: makes the source of a round: from its pairs, their latents by key, and a seed.
+        steps: generates in the place of `sampler`, where the states of trajectories are what is kept.
     """
 
     run: Run
@@ -84,6 +88,7 @@ class OnlinePairs:
     images: Encoded
     ranker: Ranker
     source_of: Callable[[list[Pair], dict[str, Tensor], int], PairSource]
+    steps: StepSampler | None = None
     online = True
 
     def __post_init__(self) -> None:
@@ -93,7 +98,7 @@ class OnlinePairs:
         self._take_up(NONE, [], torch.empty(0, *self.sampler.latent_shape))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Latents [N, C, H, W] of the images in the round's pairs; the main process has them all."""
+        """Latents, or states, of the images in the round's pairs; the main process has them all."""
         pairs = [[made.prompt, *made.images, *made.seeds, *made.scores] for made in self._pairs]
         return {"round": self._round, "pairs": pairs}, {
             "latents": self._latents if self.run.ranks.is_main else self._latents[:0]
@@ -162,31 +167,33 @@ class OnlinePairs:
         config, size = self.config, self.config.num_generations
         prompts = [self.prompts[draw.index] for draw in draws]
         seeds_PG = [noise_seeds(draw.seed, prompt.prompt, size) for draw, prompt in zip(draws, prompts, strict=True)]
-        latents = self._latents_of([p for p in prompts for _ in range(size)], list(itertools.chain(*seeds_PG)))
+        latents, kept = self._images_of([p for p in prompts for _ in range(size)], list(itertools.chain(*seeds_PG)))
         few = config.per_device_train_batch_size  # what training has memory for
         images = [image for part in latents.split(few) for image in to_images(self.images.decode(part))]
         images_PG = [images[i : i + size] for i in range(0, len(images), size)]
         scores_PG = self.ranker.scores([prompt.prompt for prompt in prompts], images_PG).tolist()
         groups = []
-        for draw, seeds, scores, own in zip(draws, seeds_PG, scores_PG, latents.cpu().split(size), strict=True):
+        for draw, seeds, scores, own in zip(draws, seeds_PG, scores_PG, kept.cpu().split(size), strict=True):
             found = couples(scores, config.pairs_per_prompt, config.min_gap)
-            kept = sorted({image for couple in found for image in couple})
+            paired = sorted({image for couple in found for image in couple})
             pairs = [
-                Made(draw.index, (kept.index(a), kept.index(b)), (seeds[a], seeds[b]), (scores[a], scores[b]))
+                Made(draw.index, (paired.index(a), paired.index(b)), (seeds[a], seeds[b]), (scores[a], scores[b]))
                 for a, b in found
             ]
-            groups.append(Group(scores, pairs, own[kept]))
+            groups.append(Group(scores, pairs, own[paired]))
         return groups
 
-    def _latents_of(self, prompts: Sequence[Sample], seeds: Sequence[int]) -> Tensor:
-        null, most = self.images.embed(""), self.config.rollout_batch_size
-        parts = [
-            self.sampler.latents(
-                [self.images.embed(p.prompt) for p in prompts[i : i + most]], null, seeds[i : i + most]
-            )
-            for i in range(0, len(prompts), most)
-        ]
-        return torch.cat(parts).float()
+    def _images_of(self, prompts: Sequence[Sample], seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Clean latents, and what of the images is kept: these, or the states of their trajectories. fp32."""
+        most = self.config.rollout_batch_size
+        embeddings = [self.images.embed(prompt.prompt) for prompt in prompts]
+        parts = [(embeddings[i : i + most], seeds[i : i + most]) for i in range(0, len(prompts), most)]
+        if self.steps is not None:
+            made = [self.steps.states(*part) for part in parts]
+            return torch.cat([x0 for x0, _ in made]), torch.cat([states for _, states in made])
+        null = self.images.embed("")
+        latents = torch.cat([self.sampler.latents(given, null, own) for given, own in parts]).float()
+        return latents, latents
 
     def _take_up_made(self, number: int, groups: Sequence[Group]) -> dict[str, Tensor]:
         pairs, kept = list[Made](), 0

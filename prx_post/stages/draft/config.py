@@ -7,12 +7,13 @@ from prx_post.data.config import PromptConfig
 from prx_post.evaluation.monitor_config import MonitorConfig
 from prx_post.model.config import ModelConfig, SchedulerConfig
 from prx_post.rewards.registry import RewardSpec, parse_specs
+from prx_post.stages.anchor.config import AnchorConfig
 
 METHODS = ("draft",)
 
 
 @dataclass
-class DraftConfig(SchedulerConfig, MonitorConfig):
+class DraftConfig(SchedulerConfig, AnchorConfig, MonitorConfig):
     """How the reward's gradient reaches the policy, on top of the training loop's settings."""
 
     method: str = doc("`draft`, and nothing else.", "draft", one_of=METHODS, resume="fixed")
@@ -51,6 +52,7 @@ class DraftConfig(SchedulerConfig, MonitorConfig):
         reason, action = f"refl_steps is {self.refl_steps}, so that the sampler may stop after {most}", "Lower it"
         require(self.gradient_steps <= most, "gradient_steps", self.gradient_steps, f"at most {most}", reason, action)
         self.check_scheduler()
+        self.check_anchor()
         reason, action = "the best is not to be judged by what is climbed", "Name another reward"
         climbed, judged = {spec.target for spec in specs}, parse_specs(self.eval_rewards)
         metric = {spec.label: spec.target for spec in judged}.get(str(self.metric_for_best_model))

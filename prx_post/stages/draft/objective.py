@@ -1,21 +1,19 @@
 """The reward's gradient, through the reward's network, the decoder and the sampler's last steps, to the policy."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from prx_post.data.plan import stream
 from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Reference
 from prx_post.model.denoiser import PromptedVelocity, predict_velocity, with_guidance
-from prx_post.objectives.draft import drift, reward_loss
+from prx_post.objectives.draft import drift
 from prx_post.stages.draft.config import DraftConfig
+from prx_post.stages.reward_gradient import LatentReward
 
 Metrics = dict[str, Tensor]
-Score = Callable[[Tensor, Sequence[str]], Tensor]
-"""(pixels [B, 3, H, W], prompts) -> scores [B], as `DifferentiableReward.of_pixels`"""
 STOPS = 8
 """Number of the stream that says where ReFL's sampler stops."""
 
@@ -25,9 +23,8 @@ class RewardGradient(Objective):
 
     Args:
         sigmas: [N + 1], noise levels of the emitted scheduler.
-        renoises: whether its sampler does.
-        decode: latents -> pixels [B, 3, H, W] in about -1..1, with a gradient.
-        rewards: by label, scores of pixels in 0..1, with a gradient.
+        reward: of clean latents, as a loss.
+        renoises: whether the sampler does.
         reference: what `beta` holds the policy to; None: nothing.
     """
 
@@ -36,30 +33,24 @@ class RewardGradient(Objective):
         policy: Any,
         config: DraftConfig,
         sigmas: Tensor,
-        decode: Callable[[Tensor], Tensor],
-        rewards: Mapping[str, Score],
+        reward: LatentReward,
         *,
         renoises: bool = False,
         reference: Reference | None = None,
     ) -> None:
         super().__init__()
         self.policy, self.config, self.sigmas, self.renoises = policy, config, sigmas, renoises
-        self.decode, self.rewards, self.reference = decode, dict(rewards), reference
+        self.reward, self.reference = reward, reference
 
     def groups(self) -> list[ParamGroup]:
         return [ParamGroup(POLICY, self.policy, self.config.learning_rate)]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """`batch`: `noise`, prompts as embeddings and as `prompts`; `fresh` for a sampler that re-noises."""
-        config, x0, distance = self.config, *self.sample(batch)
-        with torch.autocast(x0.device.type, enabled=False):
-            pixels = self._decoded(x0.float())
-            scores = {name: score(pixels, batch["prompts"]) for name, score in self.rewards.items()}
-        total = torch.stack([config.weights[name] * score for name, score in scores.items()]).sum(0)
-        loss, metrics = reward_loss(total, config.reward_margin)
-        metrics |= {f"reward/{name}": score.detach().mean() for name, score in scores.items()}
+        x0, distance = self.sample(batch)
+        loss, metrics = self.reward(x0, batch["prompts"])
         if distance is not None:
-            loss, metrics["drift"] = loss + config.beta * distance.mean(), distance.detach().mean()
+            loss, metrics["drift"] = loss + self.config.beta * distance.mean(), distance.detach().mean()
         return loss, metrics
 
     def sample(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -95,9 +86,3 @@ class RewardGradient(Objective):
         prompts = (batch["prompt_embeds"], batch["prompt_mask"])
         null = (batch["null_embeds"], batch["null_mask"]) if guidance > 1 else None
         return with_guidance(velocity, prompts, null, guidance)
-
-    def _decoded(self, x0: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in 0..1."""
-        decode = self.decode
-        pixels = checkpoint(decode, x0, use_reentrant=False) if self.config.gradient_checkpointing else decode(x0)
-        return (pixels.float() * 0.5 + 0.5).clamp(0, 1)

@@ -1,11 +1,9 @@
 """Direct reward gradients for a PRX transformer, for all weights or a LoRA adapter."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prx_post.base.errors import PrxPostError
 from prx_post.data.cache import content_key
@@ -15,14 +13,15 @@ from prx_post.engine.protocols import Batch, Objective
 from prx_post.engine.run import Run
 from prx_post.model.codec import LatentCodec
 from prx_post.model.config import ModelConfig
-from prx_post.rewards.registry import REGISTRY, parse_specs
-from prx_post.rewards.reward import DifferentiableReward, check_rows, has_gradient
+from prx_post.rewards.registry import parse_specs
+from prx_post.rewards.reward import DifferentiableReward, check_rows
 from prx_post.stages.base import Encoded, PipelineStage
 from prx_post.stages.draft.config import CONFIGS, DraftConfig
 from prx_post.stages.draft.objective import RewardGradient
 from prx_post.stages.draft.source import PromptSource
 from prx_post.stages.prompted import encode_prompt_set, read_prompts
 from prx_post.stages.references import earlier_policy
+from prx_post.stages.reward_gradient import LatentReward, brightness, differentiable
 
 
 class Draft(PipelineStage):
@@ -56,13 +55,14 @@ class Draft(PipelineStage):
             is_adapter, dtype = self.model.use_peft, self.text_dtype()
             reference = earlier_policy(run, self.pipeline, policy, is_adapter=is_adapter, follows=False, dtype=dtype)
         scores = {name: reward.of_pixels for name, reward in self.rewards.items()}
-        codec = LatentCodec(run.vae(self.pipeline))
-        return RewardGradient(
-            *(policy, config, self.sigmas, codec.decode_with_gradient),
-            dict.fromkeys(config.weights, _brightness) if run.is_planned else scores,
-            renoises=self.renoises,
-            reference=reference,
+        reward = LatentReward(
+            LatentCodec(run.vae(self.pipeline)).decode_with_gradient,
+            dict.fromkeys(config.weights, brightness) if run.is_planned else scores,
+            config.weights,
+            margin=config.reward_margin,
+            recomputes=config.gradient_checkpointing,
         )
+        return RewardGradient(policy, config, self.sigmas, reward, renoises=self.renoises, reference=reference)
 
     @property
     def renoises(self) -> bool:
@@ -94,24 +94,12 @@ class Draft(PipelineStage):
         return "of images nothing is cached: the policy makes them"
 
 
-def _brightness(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Stands for a reward in plans, which have no weights to load."""
-    return pixels.flatten(1).mean(1)
-
-
 def open_rewards(config: DraftConfig, rows: list[dict[str, Any]]) -> dict[str, DifferentiableReward]:
     """By label. Raises PrxPostError for one that has no gradient, or cannot score a prompt."""
-    opened: dict[str, Any] = {}
+    opened: dict[str, DifferentiableReward] = {}
     for spec in parse_specs(config.reward_funcs):
-        reward = spec.load()
-        if not has_gradient(reward):
-            having = [name for name, entry in REGISTRY.items() if entry.has_weights or name == "judge_graded"]
-            raise PrxPostError(
-                f"reward_funcs has {spec.label!r}, which has no gradient to climb. Take one of {', '.join(having)}, or "
-                f"optimise it with prx-post grpo."
-            )
-        check_rows(reward, spec.label, rows, "prompts_file")
-        opened[spec.label] = reward
+        opened[spec.label] = differentiable(spec, "reward_funcs", "optimise it with prx-post grpo")
+        check_rows(opened[spec.label], spec.label, rows, "prompts_file")
     return opened
 
 

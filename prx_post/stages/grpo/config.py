@@ -9,6 +9,7 @@ from prx_post.evaluation.monitor_config import WINS, MonitorConfig
 from prx_post.model.config import ModelConfig, SchedulerConfig
 from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.rewards.registry import RewardSpec, parse_specs
+from prx_post.stages.anchor.config import AnchorConfig
 from prx_post.stages.grpo.settings import (
     NOISE_LEVELS,
     ODE,
@@ -19,7 +20,10 @@ from prx_post.stages.grpo.settings import (
     RolloutConfig,
 )
 
-FOR_STEPS: dict[str, object] = {"normalise_ratio": False, "max_divergence": None, "window": "all", "window_size": None}
+FOR_STEPS: dict[str, object] = {
+    **{"normalise_ratio": False, "max_divergence": None, "window": "all", "window_size": None},
+    **{"last_step_reward_weight": 0.0, "last_step_reward_margin": None},
+}
 """What policy gradients alone use, and what it is if it is not set; then the forward methods, a method, the guard's."""
 FOR_IMAGES: dict[str, object] = {
     **{"noises_per_image": 1, "old_policy_decay": None, "timestep_mean": 0.0, "timestep_std": 1.0},
@@ -38,7 +42,14 @@ GARDO: dict[str, object] = {
 
 @dataclass
 class GRPOConfig(
-    TimestepConfig, RolloutConfig, SchedulerConfig, RewardConfig, MethodConfig, GuardConfig, MonitorConfig
+    TimestepConfig,
+    RolloutConfig,
+    SchedulerConfig,
+    RewardConfig,
+    MethodConfig,
+    GuardConfig,
+    AnchorConfig,
+    MonitorConfig,
 ):
     """Online alignment, on top of the training loop's settings."""
 
@@ -53,6 +64,7 @@ class GRPOConfig(
         self._check_window()
         self._check_guard()
         self.check_scheduler()
+        self.check_anchor()
         ok = (self.rollout_height is None) == (self.rollout_width is None)
         reason, action = f"rollout_width is {self.rollout_width!r}", "Set both, or neither"
         require(ok, "rollout_height", self.rollout_height, "set together with rollout_width", reason, action)
@@ -81,7 +93,14 @@ class GRPOConfig(
     @property
     def rows_per_image(self) -> int:
         """How often the policy is asked about an image in one pass over a rollout."""
-        return self.trained_steps if self.is_policy_gradient else self.noises_per_image
+        if not self.is_policy_gradient:
+            return self.noises_per_image
+        return self.trained_steps + self.climbs_last_step
+
+    @property
+    def climbs_last_step(self) -> bool:
+        """Whether the rewards' own gradient is taken through the last step."""
+        return self.last_step_reward_weight > 0
 
     @property
     def images_per_rollout(self) -> int:
@@ -120,6 +139,7 @@ class GRPOConfig(
 
     def check_zero(self, stage: int, offload: bool) -> None:
         """Raise ConfigError for an adapter that is exchanged for an earlier one while its weights are split."""
+        super().check_zero(stage, offload)
         follows = self.has_old_policy or self.sync_ref_model or self.guard == "regularize"
         reason = "an adapter that is held as it was earlier needs whole weights"
         ok = stage < 3 or not (self.is_adapter and follows)
@@ -138,6 +158,7 @@ class GRPOConfig(
             (wins, "pairwise_reward", None, f"method is {name!r}"),
             (wins, "pairwise_weight", 1.0, f"method is {name!r}"),
             (self.pairwise_reward is not None, "pairwise_temperature", 1.0, "pairwise_reward is null"),
+            (self.climbs_last_step, "last_step_reward_margin", None, "last_step_reward_weight is 0"),
             (self.window == "mix", "window_rollouts", 25, f"window is {self.window!r}"),
             (self.sync_ref_model, "ref_model_sync_steps", 512, "sync_ref_model is false"),
             (self.guard != "off", "guard_patience", 2, "guard is 'off'"),

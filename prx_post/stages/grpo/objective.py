@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from prx_post.engine.protocols import POLICY, Batch, Objective, ParamGroup, Prompts
-from prx_post.flow import interpolate, velocity_target
+from prx_post.flow import interpolate, velocity_target, x0_from_velocity
 from prx_post.model.denoiser import PromptedVelocity, predict_velocity, with_guidance
 from prx_post.objectives.forward_rl import awm_loss, dgpo_loss, flattened, nft_loss, optimality
 from prx_post.objectives.grpo import clipped_policy_loss, gaussian_kl, masked_policy_loss, normalised_log_ratio
 from prx_post.sampling import SDEStep
 from prx_post.stages.grpo.config import GRPOConfig
 from prx_post.stages.grpo.guard import Guard
+from prx_post.stages.reward_gradient import LatentReward
 
 Metrics = dict[str, Tensor]
 
@@ -33,6 +34,7 @@ class OnlineObjective(Objective):
         reference: what the divergence is measured from; None: it is not.
         old: the lagged policy, which follows after every rollout; None: there is none.
         average: of a scalar over all processes.
+        reward: of clean latents, as a loss, for the gradient through the last step; None: it is not taken.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class OnlineObjective(Objective):
         reference: Any = None,
         old: Any = None,
         average: Callable[[Tensor], Tensor] | None = None,
+        reward: LatentReward | None = None,
     ) -> None:
         super().__init__()
+        self.reward = reward
         self.policy, self.config, self.guard = policy, config, guard
         self.transition: Any = transition
         self.reference, self.old, self.average = reference, old, average
@@ -127,8 +131,11 @@ class PolicyGradient(OnlineObjective):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """`batch`: x_t, x_next [B, C, H, W], sigma, sigma_next, log_prob, advantages, weight [B], prompts; mean
-        [B, C, H, W] where the ratio is normalised or masked.
+        [B, C, H, W] where the ratio is normalised or masked. Or x_last, for the last step, sigma, and the prompts as
+        text, too.
         """
+        if "x_last" in batch:
+            return self._last_step(batch)
         guidance = self.config.rollout_guidance_scale
         levels = (batch["sigma"], batch["sigma_next"])
         reference = None
@@ -142,6 +149,15 @@ class PolicyGradient(OnlineObjective):
             penalty, of_penalty = self._penalty(gaussian_kl(step.mean, mean, step.std), batch)
             loss, metrics = loss + penalty, metrics | of_penalty
         return loss, metrics
+
+    def _last_step(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The rewards' own gradient, for the one step that is not random."""
+        assert self.reward is not None
+        x_t, sigma, guidance = batch["x_last"], batch["sigma"], self.config.rollout_guidance_scale
+        velocity = batch_velocity(self.velocity, x_t, sigma, batch, guidance)
+        loss, metrics = self.reward(x0_from_velocity(x_t, velocity.float(), sigma), batch["prompts"])
+        weight = self.config.last_step_reward_weight
+        return weight * loss, {f"last_step/{name}": value for name, value in metrics.items()}
 
     def _loss(self, step: SDEStep, batch: Batch) -> tuple[Tensor, Metrics]:
         config, weight = self.config, batch["weight"]

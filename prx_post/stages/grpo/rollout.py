@@ -32,9 +32,9 @@ from prx_post.stages.grpo.guard import Guard
 from prx_post.stages.grpo.objective import batch_velocity
 from prx_post.stages.grpo.scoring import Background, Rows, Scorer, Scores, Scoring
 from prx_post.stages.grpo.settings import FEATURES
-from prx_post.stages.grpo.trajectories import Seeded, Trajectories, Transition, sample_trajectories
 from prx_post.stages.grpo.windows import Window, window_of
 from prx_post.stages.prompted import noise_seeds
+from prx_post.stages.trajectories import Seeded, Trajectories, Transition, sample_trajectories
 
 FRESH = 9
 """Key of the random streams of timesteps and noise at which images are trained."""
@@ -249,7 +249,8 @@ class Rollouts:
     def _kept(self, trajectories: Trajectories) -> dict[str, Tensor]:
         """What training needs of them, on the host: clean latents, or the trained steps, [B, K, ...]."""
         steps = {name: torch.stack(getattr(trajectories, name), dim=1).cpu() for name in self._kept_names()}
-        return {"x0": trajectories.x0.cpu(), **steps}
+        last = {"x_last": trajectories.x_last.cpu()} if self.config.climbs_last_step else {}
+        return {"x0": trajectories.x0.cpu(), **last, **steps}
 
     def _kept_names(self) -> list[str]:
         if not self.config.is_policy_gradient:
@@ -359,6 +360,10 @@ class Rollouts:
             "seeds": [seeded.own for seeded in seeds],
             "rows": chosen,
         }
+        if config.is_policy_gradient and row == config.trained_steps:
+            texts = [self.rows[prompt]["prompt"] for prompt in chosen]
+            last = self.sigmas[-2].expand(len(seeds))
+            return batch | {"x_last": tensors["x_last"][images], "sigma": last, "prompts": texts}
         if config.is_policy_gradient:
             step = window_of(config, rollout.number).trained[row]
             batch |= {name: tensors[name][images, row] for name in self._kept_names()}

@@ -169,6 +169,16 @@ class MethodConfig:
         None,
         above=0,
     )
+    last_step_reward_weight: float = doc(
+        "Weight of the rewards' own gradient through the decoder and the sampler's last step, which is not random, so "
+        "that a policy gradient does not reach it; of those of reward_funcs that have one. It counts as one more step.",
+        0.0,
+        at_least=0,
+        resume="fixed",
+    )
+    last_step_reward_margin: float | None = doc(
+        "Images that score this or more there are left alone; null: none are.", None
+    )
     noises_per_image: int = doc(
         "Timesteps and noises at which each image is trained a time.", 1, above=0, resume="fixed"
     )

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 
 from prx_post.base.errors import PrxPostError
+from prx_post.base.settings import require
 from prx_post.data.buckets import Size
 from prx_post.data.cache import content_key
 from prx_post.data.config import PromptConfig
 from prx_post.data.encoding import EncodedCache
 from prx_post.engine.protocols import Batch, Monitor, Objective
 from prx_post.engine.run import Run
+from prx_post.model.codec import LatentCodec
 from prx_post.model.config import ModelConfig
 from prx_post.rewards.judges.config import VisionJudgeConfig
+from prx_post.rewards.reward import has_gradient
 from prx_post.stages.base import Encoded, PipelineStage
 from prx_post.stages.grpo.config import CONFIGS, GRPOConfig, check_together
 from prx_post.stages.grpo.guard import Guard
@@ -22,11 +25,12 @@ from prx_post.stages.grpo.monitor import GuardedMonitor
 from prx_post.stages.grpo.objective import ForwardProcess, OnlineObjective, PolicyGradient
 from prx_post.stages.grpo.rollout import Rollouts
 from prx_post.stages.grpo.scoring import Scorer
-from prx_post.stages.grpo.trajectories import transition_of
 from prx_post.stages.grpo.windows import window_of
 from prx_post.stages.prompted import encode_prompt_set, read_prompts
 from prx_post.stages.references import earlier_policy
 from prx_post.stages.registry import RolloutWork
+from prx_post.stages.reward_gradient import LatentReward, brightness
+from prx_post.stages.trajectories import transition_of
 
 LENGTHS_READ = 5000
 """More prompts than these are padded to the tokenizer's maximum, as their lengths would take long to read."""
@@ -51,6 +55,16 @@ class GRPO(PipelineStage):
         self.sigmas = self.grid(config.rollout_steps)
         self.rows = [] if planned else read_prompts(self.prompts_file, self.cleaner)
         self.scorer = None if planned else Scorer.open(config, judge, self.rows, self.guard)
+        self.climbable = self._climbable_weights() if config.climbs_last_step else {}
+
+    def _climbable_weights(self) -> dict[str, float]:
+        """Raises ConfigError if none of the rewards has a gradient."""
+        weights, rewards = self.config.weights, {} if self.scorer is None else self.scorer.rewards
+        found = {name: weight for name, weight in weights.items() if not rewards or has_gradient(rewards[name])}
+        value, names = self.config.last_step_reward_weight, ", ".join(weights)
+        reason, action = f"none of {names} (reward_funcs) has a gradient", "Leave it out, or add a reward that has one"
+        require(bool(found), "last_step_reward_weight", value, "0", reason, action)
+        return found
 
     def _rollout_size(self) -> Size:
         config = self.config
@@ -108,6 +122,20 @@ class GRPO(PipelineStage):
             reference=reference,
             old=old,
             average=average,
+            reward=self._climbed(run) if config.climbs_last_step else None,
+        )
+
+    def _climbed(self, run: Run) -> LatentReward:
+        """Those of the rewards that have a gradient."""
+        config, weights = self.config, self.climbable
+        rewards: dict[str, Any] = {} if self.scorer is None else self.scorer.rewards
+        scores = {name: rewards[name].of_pixels if rewards else brightness for name in weights}
+        return LatentReward(
+            LatentCodec(run.vae(self.pipeline)).decode_with_gradient,
+            scores,
+            weights,
+            margin=config.last_step_reward_margin,
+            recomputes=config.gradient_checkpointing,
         )
 
     def source(self, run: Run, data: Encoded, objective: Any) -> Rollouts:
@@ -147,6 +175,13 @@ class GRPO(PipelineStage):
             of_images |= {"null_embeds": batch["prompt_embeds"], "null_mask": batch["prompt_mask"]}
         if not config.is_policy_gradient:
             return None, {**batch, **of_images, "noise": like, "t": torch.empty(count, device=run.device)}
+        if config.climbs_last_step:  # the dearest
+            return None, {
+                **batch,
+                "x_last": like,
+                "sigma": torch.empty(count, device=run.device),
+                "prompts": [""] * count,
+            }
         levels = {name: torch.empty(count, device=run.device) for name in ("sigma", "sigma_next", "log_prob")}
         states = {name: torch.empty_like(like) for name in ("x_t", "x_next", "mean")}
         return None, {**batch, **of_images, **levels, **states}

@@ -1,30 +1,12 @@
 """Which steps of a rollout are random, and which of them are trained: a function of the rollout's number."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from prx_post.stages.grpo.config import GRPOConfig
+from prx_post.stages.trajectories import Window, every_random_step
 
 WINDOW = 8
 """Key of the windows' random stream."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """Steps of a trajectory of N, counted from 0. The last, N - 1, is never random.
-
-    Attributes:
-        random: whose noise is drawn; the others follow the ODE.
-        trained: those of them whose log-probability is kept.
-        shares_noise: whether a group has the same noise at random steps that are not trained.
-        branch: the step at which the images of a group part; before it they are one. None: each has noise of its own.
-    """
-
-    random: tuple[int, ...]
-    trained: tuple[int, ...]
-    shares_noise: bool = False
-    branch: int | None = None
 
 
 def window_of(config: GRPOConfig, rollout: int) -> Window:
@@ -33,8 +15,7 @@ def window_of(config: GRPOConfig, rollout: int) -> Window:
 
 
 def _all(config: GRPOConfig, rollout: int) -> Window:
-    steps = tuple(range(config.rollout_steps - 1))
-    return Window(steps, steps)
+    return every_random_step(config.rollout_steps)
 
 
 def _fast(config: GRPOConfig, rollout: int) -> Window:

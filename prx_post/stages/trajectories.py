@@ -18,7 +18,6 @@ from prx_post.sampling import (
     renoise_step,
     sde_step,
 )
-from prx_post.stages.grpo.windows import Window
 
 Transition = Callable[..., SDEStep]
 """(x_t, velocity, sigma, sigma_next, noise= or x_next=) -> SDEStep"""
@@ -40,6 +39,29 @@ def transition_of(sampler: str, noise_level: float, sigmas: Tensor) -> Transitio
 
 
 @dataclass(frozen=True)
+class Window:
+    """Steps of a trajectory of N, counted from 0. The last, N - 1, is never random.
+
+    Attributes:
+        random: whose noise is drawn; the others follow the ODE.
+        trained: those of them whose log-probability is kept.
+        shares_noise: whether a group has the same noise at random steps that are not trained.
+        branch: the step at which the images of a group part; before it they are one. None: each has noise of its own.
+    """
+
+    random: tuple[int, ...]
+    trained: tuple[int, ...]
+    shares_noise: bool = False
+    branch: int | None = None
+
+
+def every_random_step(num_steps: int) -> Window:
+    """All steps but the last, of a trajectory of so many."""
+    steps = tuple(range(num_steps - 1))
+    return Window(steps, steps)
+
+
+@dataclass(frozen=True)
 class Seeded:
     """An image to be: the seed of its own noise, and that of its group, which is known by id, never by its prompt."""
 
@@ -52,11 +74,12 @@ class Trajectories:
     """Of B images. The lists have an entry a trained step, in order.
 
     Attributes:
-        x0: clean latents [B, C, H, W] fp32.
+        x0, x_last: clean latents, and the state that the last step began at, [B, C, H, W] fp32.
         x_t, x_next, mean: [B, C, H, W] fp32 each; log_prob: [B] each.
     """
 
     x0: Tensor
+    x_last: Tensor
     x_t: list[Tensor] = field(default_factory=list)
     x_next: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
@@ -84,11 +107,11 @@ def sample_trajectories(
     random = window.random if transition is not None else ()
     branch = window.branch if transition is not None else None
     x = _start(velocity_of, seeds, sigmas, branch, shape, device)
-    result = Trajectories(x)
+    result = Trajectories(x, x)
     velocity = velocity_of(range(len(seeds)))
     for step in range(branch or 0, len(sigmas) - 1):
         sigma, sigma_next = (sigmas[i].expand(len(seeds)).to(device) for i in (step, step + 1))
-        predicted = velocity(x, sigma)
+        predicted, result.x_last = velocity(x, sigma), x
         if step not in random:
             x = euler_step(x, predicted, sigma.view(-1, 1, 1, 1), sigma_next.view(-1, 1, 1, 1))
             continue

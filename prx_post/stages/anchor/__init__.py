@@ -1,0 +1,1 @@
+"""A distillation that is trained beside an alignment, and holds its images together."""
