@@ -52,15 +52,15 @@ class Resampled:
 
 
 @dataclass(frozen=True)
-class Spreads:
-    """How unlike each other one prompt's images are, by prompt, [P]."""
+class PerPrompt:
+    """What is measured of each prompt's images, [P]."""
 
     values: np.ndarray
 
     def estimate(self) -> Estimate:
         return mean_estimate(self.values)
 
-    def minus(self, first: "Spreads") -> Estimate:
+    def minus(self, first: "PerPrompt") -> Estimate:
         """The difference to another set, of the same prompts and noise."""
         return paired_difference(first.values, self.values)
 
@@ -117,7 +117,7 @@ def _plus_minus(value: float, draws: np.ndarray) -> Estimate:
     return Estimate(value, value - spread, value + spread)
 
 
-def diversity(features: np.ndarray, prompts: Sequence[Hashable]) -> Spreads:
+def diversity(features: np.ndarray, prompts: Sequence[Hashable]) -> PerPrompt:
     """How unlike each other one prompt's images are: 1 - cosine of their features, over all pairs.
 
     Args:
@@ -134,4 +134,12 @@ def diversity(features: np.ndarray, prompts: Sequence[Hashable]) -> Spreads:
             # sum of all cosines is |sum of unit vectors|², of which `count` are images with themselves
             total = float((unit[indices].sum(0) ** 2).sum())
             spreads.append(1 - (total - count) / (count * (count - 1)))
-    return Spreads(np.array(spreads))
+    return PerPrompt(np.array(spreads))
+
+
+def mean_of_prompts(values: np.ndarray, prompts: Sequence[Hashable]) -> PerPrompt:
+    """A statistic of images [N], its mean over those of each prompt."""
+    members: dict[Hashable, list[float]] = {}
+    for prompt, value in zip(prompts, values.tolist(), strict=True):
+        members.setdefault(prompt, []).append(value)
+    return PerPrompt(np.array([np.mean(of_prompt) for of_prompt in members.values()]))

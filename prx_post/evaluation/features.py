@@ -14,15 +14,19 @@ from torch import Tensor
 
 from prx_post.base.errors import PrxPostError
 from prx_post.base.files import file_sha256
-from prx_post.base.settings import require_installed, require_one_of
+from prx_post.base.settings import require, require_installed, require_one_of
+from prx_post.evaluation.pixels import STATISTICS, image_statistics
 from prx_post.model.checkpoint import DTYPES
 
+PIXELS = "pixels"
+"""What stands for an encoder of those metrics that need none."""
 NEEDS_REFERENCE = ("fid", "cmmd", "dino_mmd")
 METRICS = {
     "fid": "inception",
     "cmmd": "openai/clip-vit-large-patch14-336",
     "dino_mmd": "facebook/dinov2-with-registers-large",
     "diversity": "facebook/dinov2-with-registers-large",
+    **dict.fromkeys(STATISTICS, PIXELS),
 }
 """Each metric and its usual encoder; those of the first three are what PRX's makers report with."""
 MEANINGS = {
@@ -32,6 +36,8 @@ MEANINGS = {
     "dino_mmd": "squared maximum mean discrepancy between DINOv2 embeddings of these images and of the reference's, × "
     "1000; lower is better",
     "diversity": "how unlike each other one prompt's images are: 1 - cosine of their features",
+    "edge_energy": "mean absolute difference of neighbouring grey levels, 0 to 255: blur lowers it, contrast raises it",
+    "entropy": "of an image's grey levels, bits: 0 for one tone, 6 for all tones alike",
 }
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -51,6 +57,9 @@ class MetricSpec:
         """`fid`, or `fid=encoder`. Raises ConfigError for another metric."""
         metric, _, encoder = text.partition("=")
         require_one_of("metrics", metric, tuple(METRICS))
+        ok, reason = not encoder or (encoder == PIXELS) == (metric in STATISTICS), "it is measured on pixels"
+        reason = reason if metric in STATISTICS else "pixels are no features of images"
+        require(ok, "metrics", text, metric, reason, "Leave the encoder out, or name another")
         return cls(metric, encoder or METRICS[metric])
 
 
@@ -59,6 +68,15 @@ class Encoder(Protocol):
 
     def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Features [B, D] fp32 of images of any size."""
+
+
+class PixelStatistics:
+    """Not an encoder but for its form: each of STATISTICS of an image."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, batch_size: int) -> None: ...
+
+    def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
+        return np.stack([np.array(values, dtype=np.float32) for values in image_statistics(images).values()], axis=1)
 
 
 class JudgeEncoder:
@@ -190,6 +208,7 @@ def _model_folder(source: str) -> Path:
 
 
 ENCODERS: dict[str, Callable[[torch.device, torch.dtype, int], Encoder]] = {
+    PIXELS: PixelStatistics,
     "judge": JudgeEncoder,
     "inception": InceptionEncoder,
 }

@@ -15,11 +15,12 @@ from prx_post.base.progress import Progress
 from prx_post.base.ranks import Ranks
 from prx_post.data.images import decode
 from prx_post.evaluation.config import EvalConfig
-from prx_post.evaluation.distances import Resampled, Spreads, diversity, frechet, mmd
-from prx_post.evaluation.features import NEEDS_REFERENCE, Encoder, MetricSpec, encode, open_encoder
+from prx_post.evaluation.distances import PerPrompt, Resampled, diversity, frechet, mean_of_prompts, mmd
+from prx_post.evaluation.features import NEEDS_REFERENCE, PIXELS, Encoder, MetricSpec, encode, open_encoder
 from prx_post.evaluation.gallery import Gallery
 from prx_post.evaluation.jobs import Job
 from prx_post.evaluation.metrics import Estimate
+from prx_post.evaluation.pixels import STATISTICS
 from prx_post.model.sampler import default_device
 from prx_post.rewards.cache import CachedReward, ScoreCache
 from prx_post.rewards.judges.pairwise import PairwiseJudge
@@ -206,9 +207,12 @@ def _warn_of_few(images: int, references: int, width: int) -> None:
 
 def _measured(
     spec: MetricSpec, features: np.ndarray, real: np.ndarray | None, jobs: Sequence[Job]
-) -> Resampled | Spreads:
+) -> Resampled | PerPrompt:
+    prompts = [(job.prompt_set, job.index) for job in jobs]
+    if spec.encoder == PIXELS:
+        return mean_of_prompts(features[:, list(STATISTICS).index(spec.metric)], prompts)
     if spec.metric == "diversity":
-        return diversity(features, [(job.prompt_set, job.index) for job in jobs])
+        return diversity(features, prompts)
     assert real is not None  # a reference was required
     if spec.metric == "fid":
         return frechet(features.astype(np.float64), real.astype(np.float64))

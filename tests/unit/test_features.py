@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 
-from prx_post.base.errors import PrxPostError
+from prx_post.base.errors import ConfigError, PrxPostError
 from prx_post.evaluation.features import MetricSpec, encode, open_encoder
 
 CPU = torch.device("cpu")
@@ -93,6 +93,24 @@ def test_an_encoder_that_is_missing_or_of_another_kind_is_named(tmp_path, clip_f
 def test_each_metric_has_its_usual_encoder_and_takes_another():
     assert MetricSpec.parse("cmmd").encoder == "openai/clip-vit-large-patch14-336"
     assert MetricSpec.parse("dino_mmd=my/dino") == MetricSpec("dino_mmd", "my/dino")
+
+
+@pytest.mark.parametrize("text", ["edge_energy=inception", "fid=pixels"])
+def test_what_is_measured_on_pixels_has_no_encoder_and_is_none(text):
+    with pytest.raises(ConfigError, match="Leave the encoder out, or name another"):
+        MetricSpec.parse(text)
+
+
+def test_pixel_statistics_of_stripes_and_of_grey():
+    """Stripes of black and white differ by 255 across and not down; grey has no edge, and one tone."""
+    stripes = np.zeros((8, 9, 3), np.uint8)
+    stripes[:, ::2] = 255
+    images = [Image.fromarray(stripes), Image.fromarray(np.full((4, 4, 3), 90, np.uint8))]
+    assert MetricSpec.parse("edge_energy").encoder == "pixels"
+    found = open_encoder("pixels", CPU, "float32", 1)(images)
+    black = 4 / 9
+    bits = -(black * np.log2(black) + (1 - black) * np.log2(1 - black))
+    np.testing.assert_allclose(found, [[127.5, bits], [0, 0]], rtol=1e-6)
 
 
 def test_inception_weights_that_are_missing_or_others_are_named(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from prx_post.evaluation import distances
-from prx_post.evaluation.distances import diversity, frechet, frechet_distance, mmd
+from prx_post.evaluation.distances import diversity, frechet, frechet_distance, mean_of_prompts, mmd
 from prx_post.evaluation.metrics import Estimate, mean_estimate, paired_difference, wilson_interval, win_rate
 
 
@@ -151,6 +151,13 @@ def test_diversity_is_the_mean_cosine_distance_within_a_prompt():
     features = np.array([[1, 0], [0, 2], [1, 0], [-3, 0], [1, 0], [0, 1]], float)
     assert diversity(features, ["a", "a", "b", "b", "b", "c"]).estimate().value == pytest.approx((1 + 4 / 3) / 2)
     assert diversity(np.ones((6, 2)), ["a", "a", "b", "b", "b", "c"]).estimate().value == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_statistic_is_averaged_within_a_prompt_first():
+    found = mean_of_prompts(np.array([1.0, 3.0, 8.0]), ["a", "a", "b"])
+    assert found.values.tolist() == [2.0, 8.0]
+    assert found.estimate().value == 5.0
+    assert found.minus(mean_of_prompts(np.array([1.0, 1.0, 2.0]), ["a", "a", "b"])).value == 3.5
 
 
 def test_wide_features_get_a_distance_without_an_interval():
