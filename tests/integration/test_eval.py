@@ -43,7 +43,7 @@ def evaluated(world, tmp_path_factory):
         flags(
             *(world, out, "--checkpoints", "plain=tiny", "same=tiny", "rough=tiny?num_inference_steps=2"),
             *("--num_prompts", 24, "--guidance_scale", 3, "--batch_size", 12, "--seeds", 0, 1),
-            *("--metrics", "fid=judge", "diversity=judge", "--reference_dir", world / "reference"),
+            *("--metrics", "fid=judge", "diversity=judge", "edge_energy", "--reference_dir", world / "reference"),
         )
     )
     return out, results_of(out)
@@ -54,7 +54,7 @@ def test_results_hold_every_reward_and_metric_with_an_interval_overall_and_by_gr
     assert results["num_images"] == 48
     plain = results["checkpoints"]["plain"]
     assert set(plain["rewards"]) == set(READERS)
-    assert set(plain["metrics"]) == {"fid", "diversity"}
+    assert set(plain["metrics"]) == {"fid", "diversity", "edge_energy"}
     for estimate in (*plain["rewards"].values(), *plain["metrics"].values()):
         assert estimate["low"] <= estimate["value"] <= estimate["high"]
     groups = {part["value"]: part for part in results["slices"] if part["kind"] == "group"}
@@ -71,7 +71,7 @@ def test_results_hold_every_reward_and_metric_with_an_interval_overall_and_by_gr
 def test_distances_are_compared_pair_by_pair_too(evaluated):
     _, results = evaluated
     differences, checkpoints = results["differences"], results["checkpoints"]
-    for metric in ("fid", "diversity"):
+    for metric in ("fid", "diversity", "edge_energy"):
         same, rough = (differences[name][metric] for name in ("same", "rough"))
         assert [same["value"], same["low"], same["high"]] == [0, 0, 0]
         values = [checkpoints[name]["metrics"][metric]["value"] for name in ("rough", "plain")]
