@@ -4,7 +4,7 @@ THREADS ?= $(shell nproc)
 export OMP_NUM_THREADS := $(THREADS)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo distill ladd dpo dpo-iterated grpo test check benchmark clean
+.PHONY: demo distill ladd students dpo dpo-iterated grpo test check benchmark clean
 
 # torch first, so that nothing else chooses a build of it. On Linux pip's default build brings CUDA; to take another,
 # say where its wheels are: make demo TORCH_ARGS='--index-url <index of CPU wheels>'
@@ -47,6 +47,18 @@ ladd: .venv/installed
 		--num_processes 2 --per_device_train_batch_size 32
 	.venv/bin/prx-post eval --config configs/tiny/eval-ladd.yaml
 	@echo "open runs/demo/eval-ladd/report.html"
+
+# After the demo: students of 8, 4 and 2 steps, the first and the last aligned at their own steps, and what that gained.
+students: .venv/installed
+	for config in distill-renoise-8 distill-renoise-4 distill-ladd-2; do \
+		OMP_NUM_THREADS=1 .venv/bin/prx-post distill --config configs/tiny/$$config.yaml \
+			--num_processes 2 --per_device_train_batch_size 32 || exit 1; \
+	done
+	for steps in 8 2; do \
+		OMP_NUM_THREADS=1 .venv/bin/prx-post grpo --config configs/tiny/grpo-student-$$steps.yaml --num_processes 2 || exit 1; \
+	done
+	.venv/bin/prx-post eval --config configs/tiny/eval-students.yaml
+	@echo "open runs/demo/eval-students/report.html"
 
 # After the demo: pairs of its SFT checkpoint's own images, ranked by OCR; DPO on them; and what it gained.
 dpo: .venv/installed
