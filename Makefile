@@ -54,9 +54,8 @@ students: .venv/installed
 		OMP_NUM_THREADS=1 .venv/bin/prx-post distill --config configs/tiny/$$config.yaml \
 			--num_processes 2 --per_device_train_batch_size 32 || exit 1; \
 	done
-	for steps in 8 2; do \
-		OMP_NUM_THREADS=1 .venv/bin/prx-post grpo --config configs/tiny/grpo-student-$$steps.yaml --num_processes 2 || exit 1; \
-	done
+	OMP_NUM_THREADS=1 .venv/bin/prx-post dpo --config configs/tiny/dpo-student-8.yaml --num_processes 2
+	OMP_NUM_THREADS=1 .venv/bin/prx-post grpo --config configs/tiny/grpo-student-2.yaml --num_processes 2
 	.venv/bin/prx-post eval --config configs/tiny/eval-students.yaml
 	@echo "open runs/demo/eval-students/report.html"
 

@@ -109,27 +109,24 @@ VARIANTS: dict[str, Variant] = {
         max_steps=200,
     ),
     # aligned as shipped, and what holds them
-    "aligned 8, re-noising": aligned("grpo-student-8", "ladd-8, re-noising", 8),
-    "aligned 8, re-noising, no anchor": aligned(
-        "grpo-student-8", "ladd-8, re-noising", 8, **NO_ANCHOR, max_steps=240, eval_steps=80
-    ),
-    "aligned 8, re-noising, half as long": aligned(
-        "grpo-student-8", "ladd-8, re-noising", 8, max_steps=240, eval_steps=80
-    ),
+    "aligned 8": aligned("dpo-student-8", "ladd-8, re-noising", 8),
+    "aligned 8, 240 steps": aligned("dpo-student-8", "ladd-8, re-noising", 8, max_steps=240),
+    "dgpo 8, re-noising, anchor": aligned("grpo-student-8", "ladd-8, re-noising", 8),
+    "dgpo 8, re-noising": aligned("grpo-student-8", "ladd-8, re-noising", 8, **NO_ANCHOR),
     "aligned 2": aligned("grpo-student-2", "ladd-2", 2),
+    "aligned 2, 240 steps": aligned("grpo-student-2", "ladd-2", 2, max_steps=240, eval_steps=80),
+    "dpo 2": aligned("dpo-iterated", "ladd-2", 2, **ROUNDS, log_ratio="noised"),
+    "dpo 2, steps": aligned("dpo-iterated", "ladd-2", 2, **ROUNDS, log_ratio="steps", rollout_sampler="cps"),
     "aligned 2, dmd": aligned("grpo-student-2", "dmd-2", 2, max_steps=480, eval_steps=80),
     # the student of 8 Euler steps: methods that noise its images anew, and those of its own steps
-    "dgpo 8": aligned("grpo-student-8", "ladd-8", 8, **NO_ANCHOR, **OF_EULER, eval_steps=80),
+    "dgpo 8": aligned("grpo-student-8", "ladd-8", 8, **NO_ANCHOR, **OF_EULER, max_steps=480),
     "dgpo 8, anchor": aligned(
         *("grpo-student-8", "ladd-8", 8),
         **{**OF_EULER, "anchor_config": "configs/tiny/distill-ladd-8.yaml", "anchor_weight": 0.01},
-        **{"max_steps": 240, "eval_steps": 80},
     ),
-    "dgpo 8, beta": aligned(
-        "grpo-student-8", "ladd-8", 8, **NO_ANCHOR, **OF_EULER, beta=0.05, max_steps=240, eval_steps=80
-    ),
+    "dgpo 8, beta": aligned("grpo-student-8", "ladd-8", 8, **NO_ANCHOR, **OF_EULER, beta=0.05),
     "nft 8": aligned("grpo-nft", "ladd-8", 8, **STEPS, learning_rate=1e-4),
-    "dpo 8": aligned("dpo-iterated", "ladd-8", 8, **ROUNDS),
+    "dpo 8": aligned("dpo-iterated", "ladd-8", 8, **ROUNDS, log_ratio="noised"),
     "dpo 8, steps": aligned("dpo-iterated", "ladd-8", 8, **ROUNDS, log_ratio="steps", rollout_sampler="cps"),
     "grpo 8": aligned(
         "grpo-flow", "ladd-8", 8, **STEPS, window="subset", window_size=2, learning_rate=3e-5, eval_steps=50

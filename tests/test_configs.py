@@ -48,6 +48,7 @@ def test_there_are_configs():
         "tiny/distill-renoise-4.yaml",
         "tiny/distill-ladd-2.yaml",
         "tiny/eval-ladd.yaml",
+        "tiny/dpo-student-8.yaml",
         "tiny/grpo-student-8.yaml",
         "tiny/grpo-student-2.yaml",
         "tiny/eval-students.yaml",

@@ -15,6 +15,7 @@ FILE = "inference.json"
 INDEX = "model_index.json"
 """What a pipeline's folder has."""
 SIZE = ("height", "width")
+FEW_STEPS = 8
 SAID = {"height": "size", "num_inference_steps": "steps", "guidance_scale": "guidance"}
 
 
@@ -37,6 +38,11 @@ class Inference:
     def num_network_evaluations(self) -> int:
         """How often the transformer runs for an image: with guidance, twice a step."""
         return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
+
+    @property
+    def is_of_few_steps(self) -> bool:
+        """Whether a student is meant, which knows its own steps and not what lies between them."""
+        return self.guidance_scale == 1 and 1 < self.num_inference_steps <= FEW_STEPS
 
     def write(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")

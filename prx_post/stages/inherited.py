@@ -13,13 +13,15 @@ from prx_post.base.parsing import check_known, parse, read_yaml
 from prx_post.model.inference import SIZE, Inference
 
 START, TEACHER = "model_name_or_path", "teacher_model_name_or_path"
+LOG_RATIO = "log_ratio"
 SAMPLING = ("num_inference_steps", "guidance_scale")
 
 
 def inherited(kinds: Sequence[type], given: Callable[[str], Any]) -> dict[str, Any]:
     """By name, what of a local checkpoint's inference.json the settings `kinds` have and are not `given`.
 
-    A distillation's is its teacher, which has settings of its own for the number of steps and the guidance.
+    A distillation's is its teacher, which has settings of its own for the number of steps and the guidance. Online
+    pairs of a student of few steps are compared on its own steps.
     """
     names = {f.name for kind in kinds for f in dataclasses.fields(kind)}
     has_teacher = TEACHER in names
@@ -29,6 +31,8 @@ def inherited(kinds: Sequence[type], given: Callable[[str], Any]) -> dict[str, A
         return {}
     prefix = "teacher_" if has_teacher else ""
     values = {f"{prefix}{name}" if name in SAMPLING else name: value for name, value in vars(own).items()}
+    if own.is_of_few_steps and given("pairs") == "online":
+        values[LOG_RATIO] = "steps"
     if any(given(name) is not None for name in SIZE):
         values = {name: value for name, value in values.items() if name not in SIZE}
     return {n: value for n, value in values.items() if n in names and value is not None and given(n) is None}

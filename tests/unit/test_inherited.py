@@ -25,6 +25,20 @@ def test_a_stage_goes_on_as_its_checkpoint_was_left(stage, run_folder):
     assert found == vars(OWN)
 
 
+def test_online_pairs_of_a_student_are_compared_on_its_own_steps(run_folder):
+    given = {"model_name_or_path": run_folder, "pairs": "online"}
+    assert inherited(find("dpo").configs(), given.get)["log_ratio"] == "steps"
+    assert "log_ratio" not in inherited(find("dpo").configs(), {**given, "log_ratio": "noised"}.get)
+    assert "log_ratio" not in inherited(find("grpo").configs(), given.get)
+
+
+@pytest.mark.parametrize("own", [Inference(9, 1.0), Inference(8, 4.0), Inference(1, 1.0)])
+def test_those_of_another_checkpoint_are_noised(run_folder, own, tmp_path):
+    own.write(tmp_path / "run" / "final")
+    given = {"model_name_or_path": run_folder, "pairs": "online"}
+    assert "log_ratio" not in inherited(find("dpo").configs(), given.get)
+
+
 def test_what_is_given_is_not_taken(run_folder):
     given = {"model_name_or_path": run_folder, "num_inference_steps": 4, "width": 64}
     assert inherited(find("sft").configs(), given.get) == {"guidance_scale": 1.0, "skip_text_cleaning": True}

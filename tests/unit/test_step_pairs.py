@@ -100,12 +100,6 @@ def config(**changes):
     return DPOConfig(**{**given, **changes})
 
 
-def test_its_sampler_is_cps_unless_it_re_noises():
-    assert (config().step_sampler, config().step_noise_level) == ("cps", 0.5)
-    assert config(rollout_sampler="renoise").step_sampler == "renoise"
-    assert config(noise_level=0.8).step_noise_level == 0.8
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from prx_post.base.settings import doc, require
 from prx_post.data.config import PreferenceConfig, TimestepConfig
 from prx_post.evaluation.monitor_config import MonitorConfig
-from prx_post.model.config import GUIDANCE, NOISE_LEVEL, ModelConfig
+from prx_post.model.config import GUIDANCE, ModelConfig
 from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.rewards.registry import RewardSpec
 from prx_post.stages.anchor.config import AnchorConfig
@@ -119,13 +119,15 @@ class DPOConfig(TimestepConfig, OnlineConfig, AnchorConfig, MonitorConfig):
     )
     log_ratio: str = doc(
         "What stands for an image's log-probability. `noised`: its error when it is noised (Diffusion-DPO); `steps`: "
-        "exact, of the random steps that the policy made it in (D3PO, PSO), for pairs: online without guidance.",
+        "exact, of the random steps that the policy made it in (D3PO, PSO), for pairs: online without guidance; the "
+        "default there for a checkpoint that is sampled in 8 steps or fewer without guidance.",
         "noised",
         one_of=("noised", "steps"),
         resume="fixed",
     )
     rollout_sampler: str | None = doc(
-        "Of those steps: `cps`, between Euler and re-noising, or `renoise`; null: cps.",
+        "Of those steps: `cps`, between Euler and re-noising, or `renoise`; null: renoise if the checkpoint's "
+        "scheduler does, else cps.",
         None,
         one_of=STEP_SAMPLERS,
         resume="fixed",
@@ -189,8 +191,8 @@ class DPOConfig(TimestepConfig, OnlineConfig, AnchorConfig, MonitorConfig):
         require(
             steps > 1, name, steps, "2 or more", "the last step is not random, and one before it must be", "Raise it"
         )
-        why, is_cps = f"rollout_sampler is {self.rollout_sampler!r}", self.step_sampler == "cps"
-        require(is_cps or self.noise_level is None, "noise_level", self.noise_level, "null", why, "Leave it out")
+        why, ok = "rollout_sampler is 'renoise'", self.rollout_sampler != "renoise" or self.noise_level is None
+        require(ok, "noise_level", self.noise_level, "null", why, "Leave it out")
         for field in dataclasses.fields(TimestepConfig):
             value = getattr(self, field.name)
             ok, why = value == field.default, f"{reason}, and nothing is noised"
@@ -202,14 +204,6 @@ class DPOConfig(TimestepConfig, OnlineConfig, AnchorConfig, MonitorConfig):
     def is_by_steps(self) -> bool:
         """Whether the loss is on the sampler's steps."""
         return self.log_ratio == "steps"
-
-    @property
-    def step_sampler(self) -> str:
-        return self.rollout_sampler or STEP_SAMPLERS[0]
-
-    @property
-    def step_noise_level(self) -> float:
-        return NOISE_LEVEL if self.noise_level is None else self.noise_level
 
     def _refuse(self, is_set: bool, *defaults: tuple[str, object]) -> None:
         """What must be at its default if `is_set`."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from prx_post.base.settings import require
 from prx_post.data.config import DataConfig
 from prx_post.data.encoding import EncodedCache, prepare
 from prx_post.data.labels import LabelledSource, read_labelled
@@ -17,6 +18,7 @@ from prx_post.data.sizes import CacheSize, cache_size
 from prx_post.data.source import timestep_and_noise
 from prx_post.engine.protocols import Batch, Source
 from prx_post.engine.run import Run
+from prx_post.model.config import NOISE_LEVEL
 from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.stages.base import Encoded
 from prx_post.stages.dpo.objective import ComparedWithReference, LabelObjective, PairObjective, StepPairObjective
@@ -155,6 +157,9 @@ class OnlineFeed:
     def __init__(self, stage: Any, judge: VisionJudgeConfig, planned: bool) -> None:
         self.stage, self.config = stage, stage.config
         self.sigmas = stage.grid(self._num_steps) if self.config.is_by_steps else None
+        value, reason = self.config.noise_level, "the checkpoint's scheduler re-noises"
+        ok, action = value is None or self._step_sampler == "cps", "Leave it out, or set rollout_sampler: cps"
+        require(ok, "noise_level", value, "null", reason, action)
         rows = [] if planned else read_prompts(self.config.prompts_file, stage.cleaner)
         self.prompts = [row["prompt"] for row in rows]
         self.ranker = None if planned else Ranker.open(self.config, judge)
@@ -174,9 +179,14 @@ class OnlineFeed:
     @property
     def _transition(self) -> Transition:
         assert self.sigmas is not None
-        found = transition_of(self.config.step_sampler, self.config.step_noise_level, self.sigmas)
+        found = transition_of(self._step_sampler, self.config.noise_level or NOISE_LEVEL, self.sigmas)
         assert found is not None
         return found
+
+    @property
+    def _step_sampler(self) -> str:
+        renoises = self.stage.scheduler.config.stochastic_sampling
+        return self.config.rollout_sampler or ("renoise" if renoises else "cps")
 
     def data(self, run: Run) -> Encoded:
         """Samples are the prompts."""
