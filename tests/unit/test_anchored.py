@@ -60,6 +60,20 @@ def test_its_networks_are_groups_beside_the_policys():
     assert [(group.name, group.lr) for group in model.groups()] == [(POLICY, 0.1), ("network", 0.5)]
 
 
+def test_what_follows_a_step_is_the_own_objectives():
+    model, heard = anchored(), []
+    model.own.after_step = lambda step, weights: heard.append((step, weights()))
+    model.own.kept = lambda: {"old": torch.ones(1)}
+    model.after_step(5, lambda: {"weight": torch.zeros(1)})
+    assert [step for step, _ in heard] == [5]
+    assert list(model.kept()) == ["old"]
+    type(model.own).learning_rate_factor = property(lambda self: 0.3)
+    try:
+        assert model.learning_rate_factor == 0.3
+    finally:
+        del type(model.own).learning_rate_factor
+
+
 class Counted(OfflineSource):
     def __init__(self, name, count):
         self.name, self.count = name, count
