@@ -234,9 +234,13 @@ def test_a_stop_while_pairs_are_made_keeps_what_was_trained(prompts, warm_cache,
     assert torch.isfinite(torch.tensor(ours["loss"]))
 
 
-@pytest.mark.parametrize(("changes", "says"), [({}, "of other networks"), (LORA, "a LoRA adapter of rank 4")])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({}, "of other networks"), (LORA, "a LoRA adapter of rank 4"), (STEPS, "of other networks")],
+)
 def test_it_is_planned(prompts, warm_cache, tmp_path, capsys, changes, says):
-    assert main(["plan", "--stage", *arguments(prompts, warm_cache, tmp_path / "run", **ROUNDS, **changes)]) == 0
+    given = {**ROUNDS, **changes, "guidance_scale": 1}
+    assert main(["plan", "--stage", *arguments(prompts, warm_cache, tmp_path / "run", **given)]) == 0
     said = capsys.readouterr().out
     assert says in said
     assert "of images nothing is cached: the policy makes them" in said

@@ -39,9 +39,13 @@ def objective(policy=0.5, reference=0.3, sampler="renoise", **loss):
 
 def batch(index):
     chosen, rejected = torch.tensor([0.9, 0.5, 0.1]), torch.tensor([-0.4, 0.8, 0.3])
-    states = [values.view(1, 3, 1, 1, 1).expand(1, 3, 2, 1, 1) for values in (chosen, rejected)]
+
+    def at(values, place):
+        return values[place].view(1, 1, 1, 1).expand(1, 2, 1, 1)
+
     return {
-        **{"latents": states[0], "rejected": states[1], "step_index": torch.tensor([index]), "t": torch.zeros(1)},
+        **{"latents": at(chosen, index), "rejected": at(rejected, index), "step_index": torch.tensor([index])},
+        **{"x_next": at(chosen, index + 1), "rejected_x_next": at(rejected, index + 1), "t": torch.zeros(1)},
         **{"prompt_embeds": torch.zeros(1, 1, 1), "prompt_mask": torch.ones(1, 1, dtype=torch.bool)},
     }
 
@@ -59,8 +63,8 @@ def test_the_loss_is_of_the_gaussian_log_ratios_of_one_step(index):
 
     states = batch(index)
     gains = [
-        log_ratio(states[name][0, index, 0, 0, 0].item(), states[name][0, index + 1, 0, 0, 0].item())
-        for name in ("latents", "rejected")
+        log_ratio(states[name].mean().item(), states[after].mean().item())
+        for name, after in (("latents", "x_next"), ("rejected", "rejected_x_next"))
     ]
     loss, metrics = objective()(states)
     assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-2.0 * (gains[0] - gains[1])))), rel=1e-5)

@@ -25,7 +25,7 @@ from prx_post.stages.dpo.objective import ComparedWithReference, LabelObjective,
 from prx_post.stages.dpo.online import OnlinePairs
 from prx_post.stages.dpo.ranking import Ranker
 from prx_post.stages.dpo.references import ReferenceErrors
-from prx_post.stages.dpo.steps import StepSampler, random_step
+from prx_post.stages.dpo.steps import StepPairSource, StepSampler, random_step
 from prx_post.stages.prompted import encode_prompt_set, read_prompts
 from prx_post.stages.trajectories import Transition, transition_of
 
@@ -222,9 +222,9 @@ class OnlineFeed:
     def example(self, batch: Batch) -> Batch:
         if self.sigmas is None:
             return _example_of_pairs(batch, own_noise=self.config.pair_noise == "own")
-        states = torch.stack([torch.empty_like(batch["latents"])] * (len(self.sigmas) - 1), dim=1)
-        index = torch.zeros(len(states), dtype=torch.int64, device=states.device)
-        return {**batch, "latents": states, "rejected": states, "step_index": index}
+        like = torch.empty_like(batch["latents"])
+        index = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+        return {**batch, "rejected": like, "x_next": like, "rejected_x_next": like, "step_index": index}
 
     def cache_size(self) -> str:
         return "of images nothing is cached: the policy makes them"
@@ -246,16 +246,16 @@ def pair_source(
     ref_errors: RefErrors | None = None,
 ) -> PairSource:
     """cache: with the images' latents, if it is another than the data's."""
-    return PairSource(
+    by_steps = stage.config.is_by_steps
+    kind = StepPairSource if by_steps else PairSource
+    return kind(
         samples=[pair.chosen for pair in pairs],
         rows=data.rows,
         cache=data.cache if cache is None else cache,
         encoders=data.encoders,
         plan=plan,
         **stage.batch_options(run),
-        randomness=random_step
-        if stage.config.is_by_steps
-        else partial(timestep_and_noise, **stage.config.timestep_density),
+        randomness=random_step if by_steps else partial(timestep_and_noise, **stage.config.timestep_density),
         pairs=pairs,
         own_noise=stage.config.pair_noise == "own",
         beta_by_gap=stage.config.beta_by_gap,

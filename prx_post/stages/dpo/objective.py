@@ -104,10 +104,10 @@ class StepPairObjective(PairObjective):
         self.sigmas = sigmas
 
     def errors(self, velocity: PromptedVelocity, batch: Batch) -> Tensor:
-        """`batch`: latents and rejected, the states of their trajectories [B, N, C, H, W], and step_index [B]."""
-        states, index = torch.cat([batch["latents"], batch["rejected"]]), torch.cat([batch["step_index"]] * 2)
-        rows, sigmas = torch.arange(len(index), device=index.device), self.sigmas.to(index.device)
-        x_t, x_next = states[rows, index], states[rows, index + 1]
+        """`batch`: as of `StepPairSource`."""
+        x_t = torch.cat([batch["latents"], batch["rejected"]])
+        x_next = torch.cat([batch["x_next"], batch["rejected_x_next"]])
+        index, sigmas = torch.cat([batch["step_index"]] * 2), self.sigmas.to(x_t.device)
         prompts = (torch.cat([batch["prompt_embeds"]] * 2), torch.cat([batch["prompt_mask"]] * 2))
         predicted = velocity(x_t, sigmas[index], prompts)
         step = self.transition(x_t, predicted, sigmas[index], sigmas[index + 1], x_next=x_next)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prx_post.data.pairs import PairSource
 from prx_post.data.plan import Draw
+from prx_post.engine.protocols import Batch
 from prx_post.model.denoiser import predict_velocity
 from prx_post.model.text import pad_embeddings
 from prx_post.sampling import VelocityFunction
@@ -50,6 +52,23 @@ class StepSampler:
                 velocity_of, seeded, self.sigmas, self.transition, window, self.latent_shape, self.device
             )
         return made.x0, torch.stack([*made.x_t, made.x_last], dim=1)
+
+
+@dataclass
+class StepPairSource(PairSource):
+    """Pairs whose latents are states [N, C, H, W]: micro-batches of one step of each, the same of both images.
+
+    `latents` and `rejected` [B, C, H, W] are where it begins, `x_next` and `rejected_x_next` where it ended,
+    `step_index` [B] which one it is.
+    """
+
+    def batch(self, draws: Sequence[Draw], step: int) -> Batch:
+        made = super().batch(draws, step)
+        index, rows = made["step_index"], torch.arange(len(draws))
+        for name, after in (("latents", "x_next"), ("rejected", "rejected_x_next")):
+            states = made[name]
+            made[name], made[after] = states[rows, index], states[rows, index + 1]
+        return made
 
 
 def random_step(draw: Draw, shape: Sequence[int], step: int) -> dict[str, Tensor]:
