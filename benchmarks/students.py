@@ -111,6 +111,9 @@ VARIANTS: dict[str, Variant] = {
     # aligned as shipped, and what holds them
     "aligned 8": aligned("dpo-student-8", "ladd-8, re-noising", 8),
     "aligned 8, 240 steps": aligned("dpo-student-8", "ladd-8, re-noising", 8, max_steps=240),
+    "dpo 8, re-noising, noised images": aligned(
+        "dpo-student-8", "ladd-8, re-noising", 8, log_ratio="noised", rollout_sampler=None, max_steps=240
+    ),
     "dgpo 8, re-noising, anchor": aligned("grpo-student-8", "ladd-8, re-noising", 8),
     "dgpo 8, re-noising": aligned("grpo-student-8", "ladd-8, re-noising", 8, **NO_ANCHOR),
     "aligned 2": aligned("grpo-student-2", "ladd-2", 2),

@@ -15,7 +15,7 @@ FILE = "inference.json"
 INDEX = "model_index.json"
 """What a pipeline's folder has."""
 SIZE = ("height", "width")
-FEW_STEPS = 8
+FEW_STEPS = range(3, 9)
 SAID = {"height": "size", "num_inference_steps": "steps", "guidance_scale": "guidance"}
 
 
@@ -41,8 +41,8 @@ class Inference:
 
     @property
     def is_of_few_steps(self) -> bool:
-        """Whether a student is meant, which knows its own steps and not what lies between them."""
-        return self.guidance_scale == 1 and 1 < self.num_inference_steps <= FEW_STEPS
+        """Whether a student is meant that knows its own steps and not what lies between them: 3 to 8."""
+        return self.guidance_scale == 1 and self.num_inference_steps in FEW_STEPS
 
     def write(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")

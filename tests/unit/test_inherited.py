@@ -32,7 +32,7 @@ def test_online_pairs_of_a_student_are_compared_on_its_own_steps(run_folder):
     assert "log_ratio" not in inherited(find("grpo").configs(), given.get)
 
 
-@pytest.mark.parametrize("own", [Inference(9, 1.0), Inference(8, 4.0), Inference(1, 1.0)])
+@pytest.mark.parametrize("own", [Inference(9, 1.0), Inference(8, 4.0), Inference(2, 1.0)])
 def test_those_of_another_checkpoint_are_noised(run_folder, own, tmp_path):
     own.write(tmp_path / "run" / "final")
     given = {"model_name_or_path": run_folder, "pairs": "online"}

@@ -120,7 +120,7 @@ class DPOConfig(TimestepConfig, OnlineConfig, AnchorConfig, MonitorConfig):
     log_ratio: str = doc(
         "What stands for an image's log-probability. `noised`: its error when it is noised (Diffusion-DPO); `steps`: "
         "exact, of the random steps that the policy made it in (D3PO, PSO), for pairs: online without guidance; the "
-        "default there for a checkpoint that is sampled in 8 steps or fewer without guidance.",
+        "default there for a checkpoint that is sampled in 3 to 8 steps without guidance.",
         "noised",
         one_of=("noised", "steps"),
         resume="fixed",
