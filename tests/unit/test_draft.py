@@ -4,27 +4,16 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import nn
 
 from prx_post.base.errors import ConfigError
 from prx_post.objectives.draft import drift, reward_loss
 from prx_post.stages.draft.config import DraftConfig
 from prx_post.stages.draft.objective import RewardGradient
 from prx_post.stages.reward_gradient import LatentReward
+from tests.linear import Scale
 
 SIGMAS = torch.tensor([1.0, 0.6, 0.2, 0.0])
 W = 0.5
-
-
-class Scale(nn.Module):
-    """velocity = w · x; so a step from sigma to sigma' multiplies x by 1 + (sigma' - sigma) w."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(W))
-
-    def forward(self, hidden_states, timestep, encoder_hidden_states, attention_mask, return_dict):
-        return (self.w * hidden_states,)
 
 
 class Still:
@@ -117,7 +106,7 @@ def test_beta_holds_velocities_to_the_reference_where_there_is_a_gradient():
 
 def test_scores_are_added_up_by_their_weights():
     model = objective(reward_funcs=["judge_graded", "hpsv2"], reward_weights=[2.0, -0.5])
-    model.rewards = {"judge_graded": lambda *_: torch.tensor([1.0]), "hpsv2": lambda *_: torch.tensor([3.0])}
+    model.reward.rewards = {"judge_graded": lambda *_: torch.tensor([1.0]), "hpsv2": lambda *_: torch.tensor([3.0])}
     loss, metrics = model(batch())
     assert loss.item() == pytest.approx(-(2 - 1.5))
     assert metrics["reward/hpsv2"].item() == 3.0

@@ -2,25 +2,14 @@
 
 import pytest
 import torch
-from torch import nn
 
 from prx_post.stages.grpo.config import GRPOConfig
 from prx_post.stages.grpo.guard import Guard
 from prx_post.stages.grpo.objective import PolicyGradient
 from prx_post.stages.reward_gradient import LatentReward
+from tests.linear import Scale
 
 W, SIGMA = 0.5, 0.4
-
-
-class Scale(nn.Module):
-    """velocity = w · x."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(W))
-
-    def forward(self, hidden_states, timestep, encoder_hidden_states, attention_mask, return_dict):
-        return (self.w * hidden_states,)
 
 
 def made(weight, margin=None):

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from prx_post.base.errors import ConfigError
 from prx_post.data.plan import Draw
@@ -13,22 +12,9 @@ from prx_post.stages.dpo.config import DPOConfig
 from prx_post.stages.dpo.objective import StepPairObjective
 from prx_post.stages.dpo.steps import StepSampler, random_step
 from prx_post.stages.trajectories import transition_of
+from tests.linear import Scale
 
 SIGMAS = torch.tensor([1.0, 0.6, 0.2, 0.0])
-
-
-class Scale(nn.Module):
-    """velocity = w · x."""
-
-    def __init__(self, w):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(w))
-
-    def forward(self, hidden_states, timestep, encoder_hidden_states, attention_mask, return_dict):
-        return (self.w * hidden_states,)
-
-    def velocity(self, x_t, t, prompts):
-        return (self.w * x_t).detach()
 
 
 def objective(policy=0.5, reference=0.3, sampler="renoise", **loss):
