@@ -108,11 +108,20 @@ VARIANTS: dict[str, Variant] = {
         dmd2_levels=[0.3, 1.0],
         max_steps=200,
     ),
+    "dmd-2 with little regression": distilled(
+        "distill-2",
+        2,
+        method=["trajectory", "dmd2"],
+        trajectory_teacher_steps=6,
+        trajectory_levels=[2.0, 0.0],
+        dmd2_levels=[1.0, 1.0],
+        max_steps=200,
+    ),
     # aligned as shipped, and what holds them
     "aligned 8": aligned("dpo-student-8", "ladd-8, re-noising", 8),
-    "aligned 8, 240 steps": aligned("dpo-student-8", "ladd-8, re-noising", 8, max_steps=240),
+    "aligned 8, six rounds": aligned("dpo-student-8", "ladd-8, re-noising", 8, max_steps=360),
     "dpo 8, re-noising, noised images": aligned(
-        "dpo-student-8", "ladd-8, re-noising", 8, log_ratio="noised", rollout_sampler=None, max_steps=240
+        "dpo-student-8", "ladd-8, re-noising", 8, log_ratio="noised", rollout_sampler=None
     ),
     "dgpo 8, re-noising, anchor": aligned("grpo-student-8", "ladd-8, re-noising", 8),
     "dgpo 8, re-noising": aligned("grpo-student-8", "ladd-8, re-noising", 8, **NO_ANCHOR),
@@ -120,6 +129,8 @@ VARIANTS: dict[str, Variant] = {
     "aligned 2, 240 steps": aligned("grpo-student-2", "ladd-2", 2, max_steps=240, eval_steps=80),
     "dpo 2": aligned("dpo-iterated", "ladd-2", 2, **ROUNDS, log_ratio="noised"),
     "dpo 2, steps": aligned("dpo-iterated", "ladd-2", 2, **ROUNDS, log_ratio="steps", rollout_sampler="cps"),
+    "aligned 4": aligned("dpo-student-8", "ladd-4, re-noising", 4),
+    "aligned 1, dmd": aligned("grpo-student-2", "dmd-2", 1, max_steps=240, eval_steps=80),
     "aligned 2, dmd": aligned("grpo-student-2", "dmd-2", 2, max_steps=480, eval_steps=80),
     # the student of 8 Euler steps: methods that noise its images anew, and those of its own steps
     "dgpo 8": aligned("grpo-student-8", "ladd-8", 8, **NO_ANCHOR, **OF_EULER, max_steps=480),
