@@ -133,7 +133,7 @@ def diversity(features: np.ndarray, prompts: Sequence[Hashable]) -> PerPrompt:
         if count > 1:
             # sum of all cosines is |sum of unit vectors|², of which `count` are images with themselves
             total = float((unit[indices].sum(0) ** 2).sum())
-            spreads.append(1 - (total - count) / (count * (count - 1)))
+            spreads.append(max(0.0, 1 - (total - count) / (count * (count - 1))))  # not -0 of rounding
     return PerPrompt(np.array(spreads))
 
 

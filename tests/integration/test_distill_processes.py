@@ -143,7 +143,8 @@ def test_evaluations_in_two_processes_are_those_of_one(prompts_file, tmp_path):
         run(1 if mode == "one" else 2, call(mode, prompts_file, tmp_path / "cache", tmp_path / mode, **common))
     texts = [(tmp_path / mode / "evaluations.jsonl").read_text().splitlines() for mode in ("one", "ddp")]
     ours, theirs = ([json.loads(line) for line in lines] for lines in texts)
-    assert ours[0] == theirs[0]  # before any step
+    # before any step; on some processors an image's last bits depend on how many are made at a time
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
     assert ours[1]["eval/judge_graded/4_steps"] == pytest.approx(theirs[1]["eval/judge_graded/4_steps"], rel=1e-2)
 
 
