@@ -75,6 +75,12 @@ def distilled(config: str, steps: int, sampler: str = "", **changes: Any) -> Var
     return Variant("distill", config, steps, changes, sampler=sampler)
 
 
+def regressed(weight: float, dmd2_levels: list[float]) -> Variant:
+    """DMD2 at both of two levels, and the teacher's path at the first."""
+    path = {"trajectory_teacher_steps": 6, "trajectory_levels": [weight, 0.0]}
+    return distilled("distill-2", 2, method=["trajectory", "dmd2"], **path, dmd2_levels=dmd2_levels, max_steps=200)
+
+
 VARIANTS: dict[str, Variant] = {
     # the shipped students
     "ladd-8": distilled("distill-ladd-8", 8),
@@ -99,24 +105,10 @@ VARIANTS: dict[str, Variant] = {
         "distill-ladd-8", 8, **{**EVERYWHERE, "method": ["ladd"], "trajectory_teacher_steps": None}
     ),
     # variety at two steps
-    "dmd-2 with regression": distilled(
-        "distill-2",
-        2,
-        method=["trajectory", "dmd2"],
-        trajectory_teacher_steps=6,
-        trajectory_levels=[10.0, 0.0],
-        dmd2_levels=[0.3, 1.0],
-        max_steps=200,
-    ),
-    "dmd-2 with little regression": distilled(
-        "distill-2",
-        2,
-        method=["trajectory", "dmd2"],
-        trajectory_teacher_steps=6,
-        trajectory_levels=[2.0, 0.0],
-        dmd2_levels=[1.0, 1.0],
-        max_steps=200,
-    ),
+    "dmd-2 with regression": regressed(10.0, [0.3, 1.0]),
+    "dmd-2 with little regression": regressed(2.0, [1.0, 1.0]),
+    # of an aligned teacher: after make dpo
+    "ladd-8 of the DPO checkpoint": distilled("distill-ladd-8", 8, model_name_or_path="runs/demo/dpo/final"),
     # aligned as shipped, and what holds them
     "aligned 8": aligned("dpo-student-8", "ladd-8, re-noising", 8),
     "aligned 8, six rounds": aligned("dpo-student-8", "ladd-8, re-noising", 8, max_steps=360),

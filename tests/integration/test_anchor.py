@@ -113,6 +113,16 @@ def test_two_processes_compute_what_one_does(prompts, warm_cache, written, tmp_p
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3), (ours["step"], name)
 
 
+def test_its_length_is_the_runs_which_epochs_may_say(prompts, warm_cache, written, tmp_path):
+    """Six prompts, four of them a rollout of four steps: six steps an epoch, and 14 in all."""
+    given = {**ALIGNED, "anchor_config": written("path", method=["trajectory"]), "anchor_batch_size": 2}
+    arguments = grpo_arguments(prompts, warm_cache, tmp_path / "run", **given, max_steps=3, num_train_epochs=2.2)
+    assert main(arguments) == 0
+    lines = numbers(tmp_path / "run")
+    assert len(lines) == 14
+    assert all(line["anchor/trajectory_mse"] > 0 for line in lines)
+
+
 def test_a_plan_counts_its_networks(prompts, warm_cache, written, tmp_path, capsys):
     peaks = []
     for changes in ({}, {"anchor_config": written()}):

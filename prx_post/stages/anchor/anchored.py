@@ -136,7 +136,7 @@ class Anchor:
         samples = [(sample.image_key, sample.prompt_key) for sample in self.data.samples]
         settings = [asdict(part) for part in self.configs]
         for part in settings:
-            for name in ("output_dir", "max_steps", "cache_dir"):
+            for name in ("output_dir", "max_steps", "cache_dir", "gradient_checkpointing", "torch_compile"):
                 part.pop(name, None)
         base = run.ranks.on_main(self.stage.base_digest)
         digest = content_key(json.dumps([settings, samples, base]))
@@ -165,6 +165,7 @@ class Anchor:
         """The same run, with the distillation's settings."""
         own = copy.copy(run)
         own.config = self.stage.config
+        own.config.max_steps = self.config.max_steps  # which follows from num_train_epochs only once the data are there
         return own
 
 
