@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -92,10 +93,10 @@ class Encoders:
             worker_init_fn=_leave_signals_to_parent,
         )
         for places, found in zip(batches, pixels, strict=True):
-            good = [one for one in found if isinstance(one, Tensor)]
+            good = [torch.from_numpy(one) for one in found if isinstance(one, np.ndarray)]
             latents: Iterator[Tensor] = iter(self.codec.encode(torch.stack(good)) if good else ())
             for place, one in zip(places, found, strict=True):
-                yield samples[place], next(latents) if isinstance(one, Tensor) else one
+                yield samples[place], next(latents) if isinstance(one, np.ndarray) else one
 
     def free(self) -> None:
         """Let go of both, and of their memory."""
@@ -105,15 +106,19 @@ class Encoders:
 
 
 class _Pixels(Dataset[Any]):
-    """Of samples: [3, H, W], or why there are none."""
+    """Of samples: [3, H, W], or why there are none.
+
+    Arrays, not tensors: a worker hands a tensor over by a descriptor that is asked of it later, when whoever asks may
+    have been stopped.
+    """
 
     def __init__(self, samples: Sequence[Sample], rows: ImageRows) -> None:
         self._samples, self._rows = samples, rows
 
-    def __getitem__(self, place: int) -> Tensor | str:
+    def __getitem__(self, place: int) -> np.ndarray | str:
         sample = self._samples[place]
         try:
-            return to_pixels(decode(self._rows.image_bytes(sample.row)), *sample.size)
+            return to_pixels(decode(self._rows.image_bytes(sample.row)), *sample.size).numpy()
         except OSError as error:
             return str(error)
 
