@@ -53,6 +53,10 @@ EVERYWHERE = {
 
 
 NO_ANCHOR = dict.fromkeys(("anchor_config", "anchor_weight", "anchor_batch_size"))
+EXACT = {"reward": "ocr_exact", "min_gap": 0.5}  # any right image against any wrong one
+ANCHOR = {
+    **{"anchor_config": "configs/tiny/distill-renoise-8.yaml", "anchor_weight": 0.002, "anchor_batch_size": 16},
+}
 OF_EULER = {"rollout_sampler": "ode"}
 WATCHED = {
     **{"eval_prompts_file": "runs/demo/data/prompts-validation.jsonl", "eval_num_prompts": 60},
@@ -63,7 +67,10 @@ ROUNDS = {
     **{"prompts_per_round": 512, "steps_per_round": 60, "max_steps": 240, "eval_steps": 60, "beta": 500.0},
     "per_device_train_batch_size": 16,
 }
+RENOISED = {"rollout_sampler": "renoise", "noise_level": None}
+JUDGE = {"reward_funcs": ["judge_graded"]}  # has a gradient; OCR is held out
 STEPS = {"rollout_num_inference_steps": None, "shift_terminal": None, "guard": "off"}
+SUBSET = {**STEPS, "window": "subset", "window_size": 2, "learning_rate": 3e-5, "eval_steps": 50}
 
 
 def aligned(config: str, start: str, steps: int, **changes: Any) -> Variant:
@@ -73,6 +80,14 @@ def aligned(config: str, start: str, steps: int, **changes: Any) -> Variant:
 
 def distilled(config: str, steps: int, sampler: str = "", **changes: Any) -> Variant:
     return Variant("distill", config, steps, changes, sampler=sampler)
+
+
+def polished(start: str) -> Variant:
+    """LADD alone, on real images, at the levels where an aligned student has left their distribution."""
+    changes = {"method": ["ladd"], "teacher_model_name_or_path": SFT, "real_fraction": 1.0, "max_steps": 100}
+    changes |= {"timestep_weights": [0, 0, 0, 0, 1, 1, 1, 1], "real_timestep_weights": None, "ladd_levels": None}
+    changes |= dict.fromkeys(("trajectory_teacher_steps", "trajectory_levels"))
+    return Variant("distill", "distill-renoise-8", 8, changes, start)
 
 
 def regressed(weight: float, dmd2_levels: list[float]) -> Variant:
@@ -109,14 +124,32 @@ VARIANTS: dict[str, Variant] = {
     "dmd-2 with little regression": regressed(2.0, [1.0, 1.0]),
     # of an aligned teacher: after make dpo
     "ladd-8 of the DPO checkpoint": distilled("distill-ladd-8", 8, model_name_or_path="runs/demo/dpo/final"),
+    "ladd-8, re-noising, of the DPO checkpoint": distilled(
+        "distill-renoise-8", 8, model_name_or_path="runs/demo/dpo/final"
+    ),
+    "aligned 8, of the DPO checkpoint": aligned(
+        "dpo-student-8", "ladd-8, re-noising, of the DPO checkpoint", 8, max_steps=180
+    ),
     # aligned as shipped, and what holds them
     "aligned 8": aligned("dpo-student-8", "ladd-8, re-noising", 8),
     "aligned 8, six rounds": aligned("dpo-student-8", "ladd-8, re-noising", 8, max_steps=360),
     "dpo 8, re-noising, noised images": aligned(
         "dpo-student-8", "ladd-8, re-noising", 8, log_ratio="noised", rollout_sampler=None
     ),
-    "dgpo 8, re-noising, anchor": aligned("grpo-student-8", "ladd-8, re-noising", 8),
-    "dgpo 8, re-noising": aligned("grpo-student-8", "ladd-8, re-noising", 8, **NO_ANCHOR),
+    "dpo 8, re-noising, exact": aligned("dpo-student-8", "ladd-8, re-noising", 8, max_steps=360, **EXACT),
+    "dpo 8, re-noising, anchor": aligned("dpo-student-8", "ladd-8, re-noising", 8, max_steps=360, **ANCHOR),
+    "dgpo 8, re-noising, anchor": aligned("grpo-student-8-anchor", "ladd-8, re-noising", 8),
+    "dgpo 8, re-noising": aligned("grpo-student-8-anchor", "ladd-8, re-noising", 8, **NO_ANCHOR),
+    "nft 8, re-noising": aligned("grpo-student-8", "ladd-8, re-noising", 8),
+    "nft 8, re-noising, 60 steps": aligned("grpo-student-8", "ladd-8, re-noising", 8, max_steps=60),
+    "nft 8, re-noising, anchor": aligned("grpo-student-8", "ladd-8, re-noising", 8, **ANCHOR),
+    "nft 8, re-noising, then LADD": polished("nft 8, re-noising"),
+    "grpo 8, re-noising": aligned("grpo-flow", "ladd-8, re-noising", 8, **SUBSET, **RENOISED),
+    "grpo 8, re-noising, anchor": aligned("grpo-flow", "ladd-8, re-noising", 8, **SUBSET, **RENOISED, **ANCHOR),
+    "grpo 8, re-noising, judge": aligned("grpo-flow", "ladd-8, re-noising", 8, **SUBSET, **RENOISED, **JUDGE),
+    "grpo 8, re-noising, judge, last step": aligned(
+        "grpo-flow", "ladd-8, re-noising", 8, **SUBSET, **RENOISED, **JUDGE, last_step_reward_weight=0.1
+    ),
     "aligned 2": aligned("grpo-student-2", "ladd-2", 2),
     "aligned 2, 240 steps": aligned("grpo-student-2", "ladd-2", 2, max_steps=240, eval_steps=80),
     "dpo 2": aligned("dpo-iterated", "ladd-2", 2, **ROUNDS, log_ratio="noised"),
@@ -125,19 +158,17 @@ VARIANTS: dict[str, Variant] = {
     "aligned 1, dmd": aligned("grpo-student-2", "dmd-2", 1, max_steps=240, eval_steps=80),
     "aligned 2, dmd": aligned("grpo-student-2", "dmd-2", 2, max_steps=480, eval_steps=80),
     # the student of 8 Euler steps: methods that noise its images anew, and those of its own steps
-    "dgpo 8": aligned("grpo-student-8", "ladd-8", 8, **NO_ANCHOR, **OF_EULER, max_steps=480),
+    "dgpo 8": aligned("grpo-student-8-anchor", "ladd-8", 8, **NO_ANCHOR, **OF_EULER, max_steps=480),
     "dgpo 8, anchor": aligned(
-        *("grpo-student-8", "ladd-8", 8),
+        *("grpo-student-8-anchor", "ladd-8", 8),
         **{**OF_EULER, "anchor_config": "configs/tiny/distill-ladd-8.yaml", "anchor_weight": 0.01},
     ),
-    "dgpo 8, beta": aligned("grpo-student-8", "ladd-8", 8, **NO_ANCHOR, **OF_EULER, beta=0.05),
-    "nft 8": aligned("grpo-nft", "ladd-8", 8, **STEPS, learning_rate=1e-4),
+    "dgpo 8, beta": aligned("grpo-student-8-anchor", "ladd-8", 8, **NO_ANCHOR, **OF_EULER, beta=0.05),
+    "nft 8": aligned("grpo-student-8", "ladd-8", 8, **OF_EULER),
     "dpo 8": aligned("dpo-iterated", "ladd-8", 8, **ROUNDS, log_ratio="noised"),
     "dpo 8, steps": aligned("dpo-iterated", "ladd-8", 8, **ROUNDS, log_ratio="steps", rollout_sampler="cps"),
-    "grpo 8": aligned(
-        "grpo-flow", "ladd-8", 8, **STEPS, window="subset", window_size=2, learning_rate=3e-5, eval_steps=50
-    ),
-    "nft 2": aligned("grpo-nft", "dmd-2", 2, **STEPS, learning_rate=1e-4),
+    "grpo 8": aligned("grpo-flow", "ladd-8", 8, **SUBSET),
+    "nft 2": aligned("grpo-student-8", "dmd-2", 2, **OF_EULER),
 }
 
 

@@ -1,5 +1,6 @@
 """Every shipped YAML loads, and says every setting by its right name."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from prx_post.rewards.judges.config import VisionJudgeConfig
 from prx_post.stages.dpo.make_pairs import MakePairsConfig
 from prx_post.stages.registry import REGISTRY
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*/*.yaml"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 KINDS = {
     **{name: entry.configs() for name, entry in REGISTRY.items()},
     **{"eval": [EvalConfig], "make": [MakePairsConfig, VisionJudgeConfig]},
@@ -50,6 +52,7 @@ def test_there_are_configs():
         "tiny/eval-ladd.yaml",
         "tiny/dpo-student-8.yaml",
         "tiny/grpo-student-8.yaml",
+        "tiny/grpo-student-8-anchor.yaml",
         "tiny/grpo-student-2.yaml",
         "tiny/eval-students.yaml",
         "tiny/draft.yaml",
@@ -72,3 +75,16 @@ def test_a_shipped_config_loads_as_it_stands(path):
     values = {name: value for part in parts for name, value in vars(part).items()}
     assert {name: values[name] for name in written} == written
     assert path.read_text().startswith("# ")
+
+
+def test_every_variant_of_the_students_benchmark_is_a_run_that_its_stage_would_take(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    students = importlib.import_module("students")
+    for name, variant in students.VARIANTS.items():
+        path = tmp_path / "config.yaml"
+        written = students.settings_of(name, 3, tmp_path / "run")
+        path.write_text(yaml.safe_dump(written))
+        parts = parse(KINDS[variant.command], ["--config", str(path)], "test")
+        values = {field: value for part in parts for field, value in vars(part).items()}
+        of_run = {"seed": 3, "num_inference_steps": variant.steps, "report_to": []}
+        assert {field: values[field] for field in written} == written | of_run, name
