@@ -1,6 +1,6 @@
 """Students of few steps in the embedded world: how they are distilled, what matters in that, and how they are aligned.
 
-    python benchmarks/students.py --only NAME ... [--seed 0] [--output runs/students]    # after make demo; --list
+    python benchmarks/students.py --only NAME ... [--seeds 0 1 2] [--output runs/students]    # after make demo; --list
 
 Each variant is a shipped configuration with some settings changed, run as two processes of one thread; one that needs
 another's student makes that first, and one that is there already is kept. All are judged on the test prompts at their
@@ -11,6 +11,7 @@ features.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -212,40 +213,51 @@ def minutes_of(folder: Path) -> float:
     return (logged[-1]["time"] - logged[0]["time"]) / 60
 
 
+def row(name: str, minutes: float | None, results: list[dict[str, Any]]) -> str:
+    """A table's row: means over `results`, one of each seed."""
+    values = [{**result["rewards"], **result["metrics"]} for result in results]
+    ocr, judge, fid, diversity, edges = (
+        statistics.mean(value[metric]["value"] for value in values)
+        for metric in ("ocr_exact", "judge_exact", "fid", "diversity", "edge_energy")
+    )
+    seconds = statistics.mean(result["timing"]["seconds_per_image"] for result in results)
+    return (
+        f"| {name} | {'' if minutes is None else f'{minutes:.1f}'} | {results[0]['num_inference_steps']} | {ocr:.3f} | "
+        f"{judge:.3f} | {fid:.1f} | {diversity:.4f} | {edges:.2f} | {seconds:.3f} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=ROOT / "runs/students")
     parser.add_argument("--list", action="store_true", help="the names of the variants")
     given = parser.parse_args()
     if given.list:
         print("\n".join(VARIANTS))
         return
-    folders = {name: train(name, given.seed, given.output) for name in given.only}
+    folders = {name: [train(name, seed, given.output) for seed in given.seeds] for name in given.only}
     checkpoints = [f"sft={SFT}"]
-    for name, folder in folders.items():
+    for name, of_seeds in folders.items():
         variant = VARIANTS[name]
         sampler = f"&sampler={variant.sampler}" if variant.sampler else ""
         at = f"num_inference_steps={variant.steps}&guidance_scale=1{sampler}"
-        checkpoints.append(f"{folder.name}={folder}/final?{at}")
+        checkpoints += [f"{folder.name}={folder}/final?{at}" for folder in of_seeds]
     evaluated = given.output / "eval"
     shared = ["--config", "configs/tiny/eval-ladd.yaml", "--metrics", "fid=judge", "diversity=judge", "edge_energy"]
     command("eval", *shared, "--output_dir", evaluated, "--checkpoints", *checkpoints, "--num_processes", 2)
     results = json.loads((evaluated / "results.json").read_text())["checkpoints"]
     print("| | minutes | steps | OCR | judge | FID | diversity | edge energy | s/image |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, key in {"SFT, guidance 4": "sft", **{name: folder.name for name, folder in folders.items()}}.items():
-        result = results[key]
-        minutes = f"{minutes_of(folders[name]):.1f}" if name in folders else ""
-        values = {**result["rewards"], **result["metrics"]}
-        ocr, judge, fid, diversity, edges = (
-            values[n]["value"] for n in ("ocr_exact", "judge_exact", "fid", "diversity", "edge_energy")
-        )
-        print(
-            f"| {name} | {minutes} | {result['num_inference_steps']} | {ocr:.3f} | {judge:.3f} | {fid:.1f} | "
-            f"{diversity:.4f} | {edges:.2f} | {result['timing']['seconds_per_image']:.3f} |"
-        )
+    print(row("SFT, guidance 4", None, [results["sft"]]))
+    for name, of_seeds in folders.items():
+        minutes = [minutes_of(folder) for folder in of_seeds]
+        of_name = [results[folder.name] for folder in of_seeds]
+        if len(of_seeds) > 1:
+            for seed, spent, result in zip(given.seeds, minutes, of_name, strict=True):
+                print(row(f"{name}, seed {seed}", spent, [result]))
+        print(row(name, statistics.mean(minutes), of_name))
 
 
 if __name__ == "__main__":
