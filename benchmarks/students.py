@@ -169,7 +169,7 @@ VARIANTS: dict[str, Variant] = {
     "dpo 8": aligned("dpo-iterated", "ladd-8", 8, **ROUNDS, log_ratio="noised"),
     "dpo 8, steps": aligned("dpo-iterated", "ladd-8", 8, **ROUNDS, log_ratio="steps", rollout_sampler="cps"),
     "grpo 8": aligned("grpo-flow", "ladd-8", 8, **SUBSET),
-    "nft 2": aligned("grpo-student-8", "dmd-2", 2, **OF_EULER),
+    "nft 2": aligned("grpo-student-2-legible", "dmd-2", 2),
 }
 
 

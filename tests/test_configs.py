@@ -54,6 +54,7 @@ def test_there_are_configs():
         "tiny/grpo-student-8.yaml",
         "tiny/grpo-student-8-anchor.yaml",
         "tiny/grpo-student-2.yaml",
+        "tiny/grpo-student-2-legible.yaml",
         "tiny/eval-students.yaml",
         "tiny/draft.yaml",
         "prx-512/draft-hps.yaml",
