@@ -55,9 +55,7 @@ EVERYWHERE = {
 
 NO_ANCHOR = dict.fromkeys(("anchor_config", "anchor_weight", "anchor_batch_size"))
 EXACT = {"reward": "ocr_exact", "min_gap": 0.5}  # any right image against any wrong one
-ANCHOR = {
-    **{"anchor_config": "configs/tiny/distill-renoise-8.yaml", "anchor_weight": 0.002, "anchor_batch_size": 16},
-}
+ANCHOR = {"anchor_config": "configs/tiny/distill-renoise-8.yaml", "anchor_weight": 0.002, "anchor_batch_size": 16}
 OF_EULER = {"rollout_sampler": "ode"}
 WATCHED = {
     **{"eval_prompts_file": "runs/demo/data/prompts-validation.jsonl", "eval_num_prompts": 60},
